@@ -1,1 +1,27 @@
-"""Kolors Nodes."""
+"""Kolors Nodes: Kwai-Kolors for ComfyUI, and for running the same graphs without it."""
+
+from __future__ import annotations
+
+# A checkout's folder name may be no Python identifier; then test collection reads this file without a package.
+if __package__:
+    from .nodes.encode import KolorsTextEncode
+    from .nodes.loaders import DownloadAndLoadChatGLM3, DownloadAndLoadKolorsModel, KolorsVAELoader, LoadChatGLM3
+    from .nodes.sampler import KolorsSampler
+
+    NODE_CLASS_MAPPINGS = {
+        "DownloadAndLoadKolorsModel": DownloadAndLoadKolorsModel,
+        "DownloadAndLoadChatGLM3": DownloadAndLoadChatGLM3,
+        "LoadChatGLM3": LoadChatGLM3,
+        "KolorsVAELoader": KolorsVAELoader,
+        "KolorsTextEncode": KolorsTextEncode,
+        "KolorsSampler": KolorsSampler,
+    }
+    NODE_DISPLAY_NAME_MAPPINGS = {
+        "DownloadAndLoadKolorsModel": "(Down)load Kolors Model",
+        "DownloadAndLoadChatGLM3": "(Down)load ChatGLM3 Model",
+        "LoadChatGLM3": "Load ChatGLM3 Model",
+        "KolorsVAELoader": "Load Kolors VAE",
+        "KolorsTextEncode": "Kolors Text Encode",
+        "KolorsSampler": "Kolors Sampler",
+    }
+    __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

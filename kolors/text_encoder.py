@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .checkpoint import CheckpointError, find_weight_files, iterate_tensors, load_weights_, read_json
 from .tokenizer import MAX_TOKENS
 
 
@@ -282,3 +284,45 @@ def build_text_encoder(
     with torch.device(device):
         encoder = TextEncoder(config)
     return encoder.to(dtype).eval()
+
+
+def load_text_encoder(path: str | Path, *, dtype: torch.dtype) -> TextEncoder:
+    """Loads a text encoder, memory-mapped, onto the CPU.
+
+    Args:
+        path: a folder with config.json and weights, or one file of the full-size encoder. Names may carry the
+            prefix ``transformer.`` of THUDM/chatglm3-6b; the language-model head is not read.
+        dtype: of all weights.
+
+    Raises:
+        CheckpointError: nothing there, a damaged file, or no ChatGLM3 of this size.
+    """
+    path = Path(path)
+    config, files = TextEncoderConfig(), [path]
+    if path.is_dir():
+        config, files = TextEncoderConfig.from_dict(read_json(path / "config.json")), find_weight_files(path)
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in iterate_tensors(files)}
+    if any(name.endswith("weight_scale") for name in tensors):
+        raise CheckpointError(f"{path} is quantised, which is not read yet. Use the fp16 file.")
+    if "embedding.word_embeddings.weight" not in tensors:
+        raise CheckpointError(f"{path} is no ChatGLM3: it has no embedding.word_embeddings.weight.")
+    encoder = build_text_encoder(config, device="meta")
+    unused = frozenset({"output_layer.weight"})
+    return load_weights_(encoder, tensors.items(), dtype=dtype, source=path, ignored=unused)
+
+
+def find_tokenizer(folder: str | Path) -> Path:
+    """Finds ``tokenizer.model`` in a model's folder: in ``tokenizer``, ``text_encoder`` or the folder itself.
+
+    Raises:
+        CheckpointError: it is in none of them.
+    """
+    folder = Path(folder)
+    candidates = [folder / part / "tokenizer.model" for part in ("tokenizer", "text_encoder", "")]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise CheckpointError(
+        f"No tokenizer in {folder}: expected {candidates[0].relative_to(folder)} or "
+        f"{candidates[1].relative_to(folder)}. It is part of Kwai-Kolors/Kolors (about 1 MB)."
+    )

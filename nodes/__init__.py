@@ -1,0 +1,1 @@
+"""Thin ComfyUI node classes: inputs and tooltips, one call into the libraries."""

@@ -1,0 +1,170 @@
+"""Checkpoint files on disk: finding them, reading them memory-mapped, putting them into a module."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+# Preference in a folder of the diffusers layout: half precision first, safetensors before pickles.
+_FILE_STEMS = ("diffusion_pytorch_model.fp16", "diffusion_pytorch_model", "model.fp16", "model", "pytorch_model")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of another model. The message names the file and the next step."""
+
+
+def find_weight_files(folder: Path) -> list[Path]:
+    """Finds the weight files of one component (``unet``, ``text_encoder``, ``vae``) of a diffusers-layout model.
+
+    Reads single files (``diffusion_pytorch_model.fp16.safetensors``, …), shards listed in an
+    ``….index.json``, and ChatGLM's ``pytorch_model-0000x-of-00007.bin``.
+
+    Raises:
+        CheckpointError: there are no weights, or a shard that the index lists is missing.
+    """
+    for suffix in ("safetensors", "bin"):
+        for stem in _FILE_STEMS:
+            single = folder / f"{stem}.{suffix}"
+            if single.is_file():
+                return [single]
+            index = _find_index(folder, stem, suffix)
+            if index:
+                return _read_index(index)
+        shards = sorted(folder.glob(f"*-of-*.{suffix}"))
+        if shards:
+            return _check_shards(shards)
+    raise CheckpointError(f"No weights found in {folder}: expected a .safetensors file, or .bin shards.")
+
+
+def _find_index(folder: Path, stem: str, suffix: str) -> Path | None:
+    base, _, variant = stem.partition(".")
+    names = (f"{stem}.{suffix}.index.json", f"{base}.{suffix}.index.{variant}.json" if variant else "")
+    return next((folder / name for name in names if name and (folder / name).is_file()), None)
+
+
+def _read_index(index: Path) -> list[Path]:
+    files = [index.parent / Path(name).name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{index} lists {len(files)} files, missing: {', '.join(missing)}. Download them.")
+    return files
+
+
+def _check_shards(shards: list[Path]) -> list[Path]:
+    expected = int(shards[0].stem.rsplit("-of-", 1)[1])
+    if len(shards) != expected:
+        raise CheckpointError(
+            f"{shards[0].parent} holds {len(shards)} of {expected} weight files. Download the missing ones."
+        )
+    return shards
+
+
+def read_json(path: Path) -> dict:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"Missing file: {path}. The model folder is incomplete; download it again.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is no readable JSON ({error}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object.")
+    return content
+
+
+def iterate_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields names and memory-mapped tensors, file by file; nothing is read before a tensor is used.
+
+    Raises:
+        CheckpointError: a file is truncated, no checkpoint, or a pickle that holds more than tensors.
+    """
+    for file in files:
+        if file.suffix in (".safetensors", ".sft"):
+            yield from _iterate_safetensors(file)
+        else:
+            yield from _read_pickle(file).items()
+
+
+def _iterate_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            for name in opened.keys():
+                yield name, opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or an incomplete download ({error}). Fetch it again.") from error
+
+
+def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} holds more than tensors and is refused: loading it could run foreign code. "
+            "Use a .safetensors file."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or an incomplete download ({error}). Fetch it again.") from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise CheckpointError(f"{file} is no flat table of tensors.")
+    return content
+
+
+def load_weights_(
+    module: nn.Module,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    dtype: torch.dtype,
+    source: Path,
+    ignored: frozenset[str] = frozenset(),
+) -> nn.Module:
+    """Puts tensors into a module built on the meta device.
+
+    A tensor that has the wanted dtype stays mapped to its file; another is converted, one at a time.
+
+    Args:
+        module: on the meta device.
+        tensors: every parameter and persistent buffer of the module, under its name.
+        dtype: floating tensors get this dtype.
+        source: the file or folder, for messages.
+        ignored: names that may be there and are not used.
+
+    Raises:
+        CheckpointError: a name is missing or unknown, or a shape differs; up to five are shown.
+    """
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    loaded: dict[str, torch.Tensor] = {}
+    unknown: list[str] = []
+    for name, tensor in tensors:
+        if name in ignored:
+            continue
+        if name not in expected:
+            unknown.append(name)
+        elif tensor.shape != expected[name]:
+            raise CheckpointError(
+                f"{source} does not fit: {name} has the shape {tuple(tensor.shape)}, expected {tuple(expected[name])}."
+            )
+        else:
+            loaded[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    missing = [name for name in expected if name not in loaded]
+    if missing or unknown:
+        raise CheckpointError(
+            f"{source} does not fit: {len(missing)} of {len(expected)} tensors are missing{_show(missing)}, "
+            f"{len(unknown)} are unknown{_show(unknown)}."
+        )
+    module.load_state_dict(loaded, strict=True, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def _show(names: list[str]) -> str:
+    return f" ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})" if names else ""

@@ -1,0 +1,33 @@
+"""Precisions by name, and what stands in where a device cannot compute one."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+logger = logging.getLogger(__name__)
+
+
+def get_dtype(precision: str, device: torch.device | str) -> torch.dtype:
+    """Gives the dtype for a precision on a device.
+
+    CPUs compute half precision slower than float32 and lack some kernels for it, so fp16 becomes float32
+    there; graphics cards without bfloat16 arithmetic get float16. A log line says so.
+
+    Raises:
+        ValueError: no precision has this name.
+    """
+    if precision not in DTYPES:
+        raise ValueError(f"No precision is called {precision!r}. Choose one of: {', '.join(DTYPES)}.")
+    device = torch.device(device)
+    replacement = precision
+    if device.type == "cpu" and precision == "fp16":
+        replacement = "fp32"
+    elif device.type == "cuda" and precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
+        replacement = "fp16"
+    if replacement != precision:
+        logger.info("%s is no precision for %s: computing in %s instead.", precision, device, replacement)
+    return DTYPES[replacement]

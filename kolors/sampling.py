@@ -1,0 +1,296 @@
+"""Sampling: from noise or a picture's latents to latents, one denoising loop."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .prompts import PromptEmbeds
+from .schedulers import SCHEDULERS, build_scheduler
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin, UNet2DConditionModel
+
+VAE_SCALE_FACTOR = 8  # pixels per latent cell, along each side
+
+OnStep = Callable[[int, int, torch.Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How to sample.
+
+    Attributes:
+        num_inference_steps: steps of the whole schedule, 1 to 1100.
+        guidance_scale: classifier-free guidance; at 1 and below there is none and the negatives are not used.
+        scheduler: a name of ``SCHEDULERS``.
+        strength: share of the schedule that is run, from its end; below 1 only on given latents.
+        height: picture height in pixels, a multiple of 8; not used where latents are given.
+        width: picture width, likewise.
+        seed: of the generator that draws all noise.
+
+    Raises:
+        ValueError: a value is out of range, or so few steps are left that nothing would be run.
+    """
+
+    num_inference_steps: int = 25
+    guidance_scale: float = 5.0
+    scheduler: str = "EulerDiscreteScheduler"
+    strength: float = 1.0
+    height: int = 1024
+    width: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_inference_steps <= 1100:
+            raise ValueError(f"num_inference_steps is {self.num_inference_steps}, expected 1 to 1100.")
+        if self.scheduler not in SCHEDULERS:
+            raise ValueError(f"No scheduler is called {self.scheduler!r}. Choose one of: {', '.join(SCHEDULERS)}.")
+        if not 0.0 <= self.strength <= 1.0:
+            raise ValueError(f"The denoise strength is {self.strength}, expected 0 to 1.")
+        if self.num_steps_run == 0:
+            raise ValueError(
+                f"Nothing would be sampled: {self.num_inference_steps} steps at a denoise strength of "
+                f"{self.strength:g} leave int({self.num_inference_steps} x {self.strength:g}) = 0 steps. "
+                "Raise the steps or the strength."
+            )
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size < VAE_SCALE_FACTOR or size % VAE_SCALE_FACTOR:
+                raise ValueError(f"The {name} is {size} pixels, expected a multiple of {VAE_SCALE_FACTOR}.")
+
+    @property
+    def num_steps_run(self) -> int:
+        """Steps that are run: ``int(steps x strength)``, as diffusers and the existing packs count them."""
+        return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """What the UNet is conditioned on over a whole run, negatives first where there is guidance.
+
+    Attributes:
+        prompt_embeds: (G B, L, D), G is 2 with guidance and 1 without.
+        pooled_prompt_embeds: (G B, D).
+        time_ids: (G B, 6): original height and width, crop top and left, target height and width, in pixels.
+    """
+
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+    time_ids: torch.Tensor
+
+
+def get_noise(
+    shape: tuple[int, ...], generator: torch.Generator, *, device: torch.device | str, dtype: torch.dtype
+) -> torch.Tensor:
+    """Draws normal noise on the generator's device, in float32 whatever ``dtype`` is, then converts it.
+
+    So the precision of a model does not change the picture that a seed gives.
+    """
+    noise = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
+    return noise.to(device=device, dtype=dtype)
+
+
+def get_conditioning(
+    embeds: PromptEmbeds, unet: UNet2DConditionModel, *, height: int, width: int, guided: bool
+) -> Conditioning:
+    """Lays out text and size for the UNet, on its device and in its dtype.
+
+    Args:
+        embeds: B prompts.
+        unet: decides device and dtype.
+        height: of the picture, in pixels: original and target size both, no crop.
+        width: likewise.
+        guided: put the negatives in front.
+    """
+    prompt_embeds, pooled = embeds.prompt_embeds, embeds.pooled_prompt_embeds
+    if guided:
+        prompt_embeds = torch.cat([embeds.negative_prompt_embeds, prompt_embeds])
+        pooled = torch.cat([embeds.negative_pooled_prompt_embeds, pooled])
+    time_ids = torch.tensor([[height, width, 0, 0, height, width]] * prompt_embeds.shape[0])
+    return Conditioning(
+        prompt_embeds=prompt_embeds.to(unet.device, unet.dtype),
+        pooled_prompt_embeds=pooled.to(unet.device, unet.dtype),
+        time_ids=time_ids.to(unet.device, unet.dtype),
+    )
+
+
+def predict_noise(
+    unet: UNet2DConditionModel,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    conditioning: Conditioning,
+    guidance_scale: float,
+) -> torch.Tensor:
+    """Predicts the noise in latents, both guidance branches in one batch.
+
+    Args:
+        unet: the model.
+        latents: (B, C, h, w), scaled for the model.
+        timestep: scalar.
+        conditioning: 2 B rows for guidance, B rows for none.
+        guidance_scale: w in uncond + w (cond - uncond).
+
+    Returns:
+        (B, C, h, w).
+
+    Source: Ho and Salimans 2022, equation 6, in the form of diffusers' pipelines.
+    """
+    guided = conditioning.prompt_embeds.shape[0] != latents.shape[0]
+    noise_pred = unet(
+        torch.cat([latents, latents]) if guided else latents,
+        timestep,
+        encoder_hidden_states=conditioning.prompt_embeds,
+        added_cond_kwargs={"text_embeds": conditioning.pooled_prompt_embeds, "time_ids": conditioning.time_ids},
+        return_dict=False,
+    )[0]
+    if not guided:
+        return noise_pred
+    unconditional, conditional = noise_pred.chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def check_embeds(embeds: PromptEmbeds, unet: UNet2DConditionModel) -> None:
+    """Checks that the UNet reads text of this width.
+
+    Raises:
+        ValueError: the embeddings come from a text encoder of another size.
+    """
+    width, expected = embeds.prompt_embeds.shape[-1], unet.config.encoder_hid_dim
+    if width != expected:
+        raise ValueError(
+            f"The text embeddings are {width} wide, this UNet reads {expected}: text encoder and UNet belong to "
+            "different models. Load both from the same one."
+        )
+
+
+def match_batch(embeds: PromptEmbeds, latents: torch.Tensor) -> PromptEmbeds:
+    """Gives each of several latents a prompt: one prompt serves them all.
+
+    One latent with several prompts stays one: its noise is drawn once and shared.
+
+    Raises:
+        ValueError: the numbers of latents and prompts fit in no such way.
+    """
+    num_latents, num_prompts = latents.shape[0], embeds.batch_size
+    if num_latents in (1, num_prompts):
+        return embeds
+    if num_prompts > 1:
+        raise ValueError(
+            f"{num_latents} latents came with {num_prompts} prompts: give one of either, or as many of both."
+        )
+    return PromptEmbeds(
+        prompt_embeds=embeds.prompt_embeds.expand(num_latents, -1, -1),
+        pooled_prompt_embeds=embeds.pooled_prompt_embeds.expand(num_latents, -1),
+        negative_prompt_embeds=embeds.negative_prompt_embeds.expand(num_latents, -1, -1),
+        negative_pooled_prompt_embeds=embeds.negative_pooled_prompt_embeds.expand(num_latents, -1),
+    )
+
+
+def check_latents(latents: torch.Tensor, unet: UNet2DConditionModel) -> None:
+    """Checks that latents are Kolors'.
+
+    Raises:
+        ValueError: they are not (B, C, h, w) with the UNet's channels and at least one cell.
+    """
+    channels = unet.config.in_channels
+    if latents.dim() != 4 or latents.shape[1] != channels or 0 in latents.shape:
+        raise ValueError(
+            f"The latent has the shape {tuple(latents.shape)}; Kolors takes (batch, {channels}, height / 8, "
+            "width / 8). It comes from another kind of model; encode the picture with Kolors' VAE."
+        )
+    factor = 2 ** (len(unet.config.block_out_channels) - 1)
+    if min(latents.shape[2:]) < factor:
+        raise ValueError(
+            f"The latent is {latents.shape[3]}x{latents.shape[2]} cells, Kolors needs at least {factor}x{factor} "
+            f"({factor * VAE_SCALE_FACTOR}x{factor * VAE_SCALE_FACTOR} pixels)."
+        )
+
+
+def get_start_latents(
+    scheduler: SchedulerMixin,
+    timesteps: torch.Tensor,
+    noise: torch.Tensor,
+    latents: torch.Tensor | None,
+    batch_size: int,
+) -> torch.Tensor:
+    """Gives the latents that the first step starts from, (B, C, h, w).
+
+    From nothing: noise at the schedule's strongest. From latents: noise is added at the first timestep that is
+    run, at strength 1 too.
+    """
+    if latents is None:
+        return noise * scheduler.init_noise_sigma
+    noised = scheduler.add_noise(latents, noise, timesteps[:1].repeat(latents.shape[0]))
+    return noised if noised.shape[0] == batch_size else noised.repeat(batch_size, 1, 1, 1)
+
+
+@torch.no_grad()
+def sample(
+    unet: UNet2DConditionModel,
+    embeds: PromptEmbeds,
+    options: SamplingOptions,
+    *,
+    latents: torch.Tensor | None = None,
+    noise_device: torch.device | str | None = None,
+    on_step: OnStep | None = None,
+) -> torch.Tensor:
+    """Samples latents.
+
+    Args:
+        unet: on the device where it shall run; not changed.
+        embeds: B prompts, or one for all latents.
+        options: how.
+        latents: (B or 1, C, h, w) to start from, already times the VAE's scaling factor; they set the size.
+        noise_device: where all noise is drawn; by default on the UNet's device.
+        on_step: called after each step with the steps done (from 1), the steps in all and the latents; what it
+            raises ends the run.
+
+    Returns:
+        (B, C, h, w) on the UNet's device, in its dtype, times the VAE's scaling factor.
+
+    Raises:
+        ValueError: strength below 1 without latents, or latents or embeddings that do not fit.
+
+    Source: agrees with diffusers' ``KolorsPipeline`` from noise, and with KwaiKolorsWrapper's sampler from
+    latents, which diffusers' own image-to-image pipeline does not (it drops the pooled embeddings).
+    """
+    if latents is None and options.strength < 1.0:
+        raise ValueError(
+            f"A denoise strength of {options.strength:g} needs a latent to start from, and none is given. "
+            "Connect one (VAE Encode of a picture), or set the strength to 1."
+        )
+    check_embeds(embeds, unet)
+    height, width = options.height, options.width
+    if latents is not None:
+        check_latents(latents, unet)
+        embeds = match_batch(embeds, latents)
+        latents = latents.to(unet.device, unet.dtype)
+        height, width = (side * VAE_SCALE_FACTOR for side in latents.shape[2:])
+    batch_size = embeds.batch_size
+    generator = torch.Generator(noise_device or unet.device).manual_seed(options.seed)
+    scheduler = build_scheduler(options.scheduler)
+    scheduler.set_timesteps(options.num_inference_steps, device=unet.device)
+    start = options.num_inference_steps - options.num_steps_run
+    timesteps = scheduler.timesteps[start:]
+    # Karras schedules round to equal timesteps at many steps; looked up by value, a run would start too late.
+    scheduler.set_begin_index(start)
+
+    shape = (batch_size, unet.config.in_channels, height // VAE_SCALE_FACTOR, width // VAE_SCALE_FACTOR)
+    noise_shape = shape if latents is None else tuple(latents.shape)
+    noise = get_noise(noise_shape, generator, device=unet.device, dtype=unet.dtype)
+    latents = get_start_latents(scheduler, timesteps, noise, latents, batch_size)
+
+    guided = options.guidance_scale > 1.0
+    conditioning = get_conditioning(embeds, unet, height=height, width=width, guided=guided)
+    step_options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    for index, timestep in enumerate(timesteps):
+        model_input = scheduler.scale_model_input(latents, timestep)
+        noise_pred = predict_noise(unet, model_input, timestep, conditioning, options.guidance_scale)
+        latents = scheduler.step(noise_pred, timestep, latents, **step_options, return_dict=False)[0]
+        if on_step:
+            on_step(index + 1, len(timesteps), latents)
+    return latents

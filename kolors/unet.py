@@ -1,0 +1,75 @@
+"""Kolors' UNet: diffusers' UNet2DConditionModel in SDXL's shape, with a projection for ChatGLM3's text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .checkpoint import CheckpointError, find_weight_files, iterate_tensors, load_weights_, read_json
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+# Source: unet/config.json of Kwai-Kolors/Kolors, where it differs from the defaults of diffusers.
+KOLORS_UNET_CONFIG: Mapping[str, Any] = MappingProxyType(
+    {
+        "sample_size": 128,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "encoder_hid_dim": 4096,
+        "encoder_hid_dim_type": "text_proj",
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 5632,
+    }
+)
+
+
+def build_unet(
+    config: Mapping[str, Any] = KOLORS_UNET_CONFIG,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> UNet2DConditionModel:
+    """Makes a UNet with fresh weights (``device="meta"``: with none at all)."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device(device):
+        unet = UNet2DConditionModel.from_config(dict(config))
+    return unet.to(dtype).eval()
+
+
+def load_unet(folder: str | Path, *, dtype: torch.dtype) -> UNet2DConditionModel:
+    """Loads the ``unet`` folder of a Kolors model, memory-mapped, onto the CPU.
+
+    Raises:
+        CheckpointError: the folder is incomplete, a file is damaged, or it is another model's UNet.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    tensors = dict(iterate_tensors(find_weight_files(folder)))
+    if "encoder_hid_proj.weight" not in tensors or config.get("encoder_hid_dim_type") != "text_proj":
+        kind = "an SDXL UNet" if "add_embedding.linear_1.weight" in tensors else "no UNet of Kolors"
+        raise CheckpointError(
+            f"{folder} holds {kind}: it lacks encoder_hid_proj, Kolors' projection of the text. "
+            "Put the UNet of Kwai-Kolors/Kolors there."
+        )
+    if config.get("in_channels") != 4:
+        raise CheckpointError(
+            f"{folder} is a UNet with {config.get('in_channels')} input channels, expected 4"
+            f"{' (9 is the inpainting model)' if config.get('in_channels') == 9 else ''}."
+        )
+    unet = build_unet(config, device="meta")
+    return load_weights_(unet, tensors.items(), dtype=dtype, source=folder)

@@ -1,0 +1,152 @@
+"""SDXL's VAE, which Kolors uses: diffusers' AutoencoderKL on ComfyUI's pictures and latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .checkpoint import CheckpointError, find_weight_files, iterate_tensors, load_weights_, read_json
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+SCALING_FACTOR = 0.13025  # latents of the UNet = latents of the VAE times this
+
+# Source: vae/config.json of Kwai-Kolors/Kolors, where it differs from the defaults of diffusers.
+SDXL_VAE_CONFIG: Mapping[str, Any] = MappingProxyType(
+    {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "scaling_factor": SCALING_FACTOR,
+    }
+)
+
+
+class VAE:
+    """Turns pictures into latents and back, as ComfyUI's VAE object does.
+
+    Pictures are (B, H, W, 3) float32 in [0, 1] on the CPU, latents (B, 4, h, w) without the scaling factor.
+
+    Args:
+        autoencoder: the network.
+        device: where it runs; it computes in float32, because SDXL's original VAE overflows in half precision.
+    """
+
+    def __init__(self, autoencoder: AutoencoderKL, device: torch.device | str = "cpu"):
+        self.autoencoder = autoencoder.to(device, torch.float32)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes latents (B, 4, h, w) to pictures (B, H, W, 3), one at a time.
+
+        Raises:
+            ValueError: the latents are not (B, 4, h, w).
+        """
+        channels = self.autoencoder.config.latent_channels
+        if latents.dim() != 4 or latents.shape[1] != channels:
+            raise ValueError(
+                f"The latent has the shape {tuple(latents.shape)}, this VAE takes (batch, {channels}, h, w)."
+            )
+        pictures = [self._decode_one(latent) for latent in latents]
+        return torch.stack(pictures)
+
+    def _decode_one(self, latent: torch.Tensor) -> torch.Tensor:
+        network = self.autoencoder
+        picture = network.decode(latent[None].to(network.device, torch.float32), return_dict=False)[0][0]
+        return (picture / 2 + 0.5).clamp(0, 1).movedim(0, -1).cpu()  # (H, W, 3)
+
+    @torch.no_grad()
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Encodes pictures (B, H, W, 3 or more) to the means of their latents (B, 4, h, w).
+
+        Sides are cropped, centred, to a multiple of 8 pixels; channels behind the third are left out.
+        """
+        height, width = (side // 8 * 8 for side in pictures.shape[1:3])
+        top, left = (pictures.shape[1] - height) // 2, (pictures.shape[2] - width) // 2
+        pictures = pictures[:, top : top + height, left : left + width, :3].movedim(-1, 1)
+        latents = [self._encode_one(picture) for picture in pictures]
+        return torch.stack(latents)
+
+    def _encode_one(self, picture: torch.Tensor) -> torch.Tensor:
+        network = self.autoencoder
+        distribution = network.encode(picture[None].to(network.device, torch.float32) * 2 - 1).latent_dist
+        return distribution.mode()[0].cpu()  # (4, h, w)
+
+
+def load_vae(path: str | Path, *, device: torch.device | str = "cpu") -> VAE:
+    """Loads a VAE from a diffusers folder or from one file in the original (LDM) or in diffusers' naming.
+
+    Raises:
+        CheckpointError: nothing there, a damaged file, or no VAE of SDXL's kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config: Mapping[str, Any] = read_json(path / "config.json")
+        tensors = dict(iterate_tensors(find_weight_files(path)))
+    elif path.is_file():
+        config, tensors = SDXL_VAE_CONFIG, dict(iterate_tensors([path]))
+    else:
+        raise CheckpointError(f"VAE not found: {path}.")
+    return VAE(_load_autoencoder(config, tensors, source=path), device)
+
+
+def _load_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, source: Path) -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        autoencoder = AutoencoderKL.from_config(dict(config))
+    tensors = {name.removeprefix("first_stage_model.").removeprefix("vae."): value for name, value in tensors.items()}
+    if "decoder.mid.block_1.conv1.weight" in tensors:
+        tensors = from_ldm_names(tensors, autoencoder)
+    if "decoder.conv_in.weight" not in tensors:
+        raise CheckpointError(f"{source} is no VAE: it has no decoder. SDXL's VAE (sdxl.vae.safetensors) fits Kolors.")
+    return load_weights_(autoencoder, tensors.items(), dtype=torch.float32, source=source)
+
+
+def get_ldm_names(autoencoder: AutoencoderKL) -> dict[str, str]:
+    """Gives the original (LDM) name of every tensor of an autoencoder: LDM name → diffusers name.
+
+    The decoder's blocks are counted from the other end there, and attention has its own words.
+    """
+    levels = len(autoencoder.config.block_out_channels)
+    parts = {"conv_norm_out": "norm_out", "mid_block.attentions.0": "mid.attn_1"}
+    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    parts |= {f"mid.attn_1.{old}": f"mid.attn_1.{new}" for old, new in attention.items()}
+    parts |= {f"mid_block.resnets.{i}": f"mid.block_{i + 1}" for i in range(2)}
+    for level in range(levels):
+        opposite = levels - 1 - level
+        parts |= {
+            f"down_blocks.{level}.resnets": f"down.{level}.block",
+            f"down_blocks.{level}.downsamplers.0": f"down.{level}.downsample",
+            f"up_blocks.{level}.resnets": f"up.{opposite}.block",
+            f"up_blocks.{level}.upsamplers.0": f"up.{opposite}.upsample",
+        }
+    parts["conv_shortcut"] = "nin_shortcut"
+    names = {}
+    for name in autoencoder.state_dict():
+        ldm_name = name
+        for diffusers_part, ldm_part in parts.items():
+            ldm_name = f".{ldm_name}.".replace(f".{diffusers_part}.", f".{ldm_part}.").strip(".")
+        names[ldm_name] = name
+    return names
+
+
+def from_ldm_names(tensors: Mapping[str, torch.Tensor], autoencoder: AutoencoderKL) -> dict[str, torch.Tensor]:
+    """Renames LDM tensors to diffusers' names; 1x1 convolutions of the attention become linear weights.
+
+    Tensors with unknown names are left out: full checkpoints carry losses and other parts beside the VAE.
+    """
+    shapes = {name: tensor.shape for name, tensor in autoencoder.state_dict().items()}
+    names = get_ldm_names(autoencoder)
+    renamed = {names[name]: tensor for name, tensor in tensors.items() if name in names}
+    return {
+        name: tensor.reshape(shapes[name]) if tensor.shape[2:] == (1, 1) and len(shapes[name]) == 2 else tensor
+        for name, tensor in renamed.items()
+    }

@@ -1,0 +1,229 @@
+"""The only door to whatever runs the nodes: ComfyUI, or the headless runner.
+
+The libraries take plain arguments and need no host; the nodes ask for one here. ``comfy`` and ``folder_paths``
+are imported nowhere else, and only inside functions.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from ..kolors.vae import SDXL_VAE_CONFIG, load_vae
+
+if TYPE_CHECKING:
+    from ..headless.host import HeadlessHost
+
+
+class Host(Protocol):
+    """What a node may ask of its host."""
+
+    def get_folders(self, kind: str) -> list[Path]:
+        """Gives the folders of a kind of model files (``diffusers``, ``vae``, ``LLM``, ``loras``, …)."""
+
+    def list_files(self, kind: str) -> list[str]:
+        """Lists the model files of a kind, as names relative to their folder."""
+
+    def resolve_file(self, kind: str, name: str) -> Path:
+        """Gives the path of a listed file.
+
+        Raises:
+            FileNotFoundError: no folder of this kind has the file.
+            ValueError: the name leads out of the folder.
+        """
+
+    def get_device(self) -> torch.device:
+        """Gives the device that computes."""
+
+    def get_intermediate_device(self) -> torch.device:
+        """Gives the device for what a node returns."""
+
+    def on_device(self, module: nn.Module) -> Any:
+        """Gives a context that holds a module on the computing device and moves it off afterwards."""
+
+    def report_step(self, step: int, total: int, latents: torch.Tensor | None = None) -> None:
+        """Shows that ``step`` of ``total`` steps are done. Raises the host's own exception on a wish to stop."""
+
+    def load_vae(self, path: Path) -> Any:
+        """Loads a VAE that the host's VAEDecode and VAEEncode take."""
+
+
+class RunnerHost:
+    """The headless runner as a host.
+
+    Args:
+        services: folders, device and progress of the running Runner.
+    """
+
+    def __init__(self, services: HeadlessHost):
+        self._services = services
+        self.get_folders = services.get_folders
+        self.list_files = services.list_files
+        self.resolve_file = services.resolve_file
+
+    def get_device(self) -> torch.device:
+        return torch.device(self._services.get_device())
+
+    def get_intermediate_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @contextmanager
+    def on_device(self, module: nn.Module) -> Iterator[None]:
+        module.to(self.get_device())
+        try:
+            yield
+        finally:
+            module.to("cpu")
+
+    def report_step(self, step: int, total: int, latents: torch.Tensor | None = None) -> None:
+        self._services.report_progress(step, total)
+        self._services.raise_if_interrupted()
+
+    def load_vae(self, path: Path) -> Any:
+        return load_vae(path, device=self.get_device())
+
+
+class ComfyHost:
+    """ComfyUI as a host."""
+
+    def __init__(self) -> None:
+        self._progress_bar: Any = None
+
+    def get_folders(self, kind: str) -> list[Path]:
+        import folder_paths
+
+        registered = folder_paths.folder_names_and_paths.get(kind, ([], set()))[0]
+        folders = [Path(folder) for folder in registered]
+        default = Path(folder_paths.models_dir) / kind
+        return folders if default in folders else [*folders, default]
+
+    def list_files(self, kind: str) -> list[str]:
+        import folder_paths
+
+        if kind in folder_paths.folder_names_and_paths:
+            return folder_paths.get_filename_list(kind)
+        names: set[str] = set()
+        for folder in self.get_folders(kind):
+            files, _ = folder_paths.recursive_search(str(folder), excluded_dir_names=[".git"])
+            names.update(folder_paths.filter_files_extensions(files, folder_paths.supported_pt_extensions))
+        return sorted(names)
+
+    def resolve_file(self, kind: str, name: str) -> Path:
+        folders = self.get_folders(kind)
+        for folder in folders:
+            path = Path(os.path.abspath(folder / name))
+            if not path.is_relative_to(os.path.abspath(folder)):
+                raise ValueError(f"The file name {name!r} leads out of {folder}.")
+            if path.is_file():
+                return path
+        raise FileNotFoundError(f"No file {name!r} in {', '.join(str(folder) for folder in folders)}.")
+
+    def get_device(self) -> torch.device:
+        import comfy.model_management
+
+        return comfy.model_management.get_torch_device()
+
+    def get_intermediate_device(self) -> torch.device:
+        import comfy.model_management
+
+        return comfy.model_management.intermediate_device()
+
+    @contextmanager
+    def on_device(self, module: nn.Module) -> Iterator[None]:
+        import comfy.model_management
+
+        device, offload_device = self.get_device(), comfy.model_management.unet_offload_device()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+        comfy.model_management.free_memory(size, device)
+        module.to(device)
+        try:
+            yield
+        finally:
+            module.to(offload_device)
+
+    def report_step(self, step: int, total: int, latents: torch.Tensor | None = None) -> None:
+        import comfy.model_management
+        import comfy.utils
+
+        # ProgressBar checks for interruption too, but newer hosts skip updates that follow each other closely.
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if self._progress_bar is None or step <= 1:
+            self._progress_bar = comfy.utils.ProgressBar(total)
+        self._progress_bar.update_absolute(step, total, self._get_preview(latents))
+
+    def _get_preview(self, latents: torch.Tensor | None) -> Any:
+        import comfy.latent_formats
+        import latent_preview
+
+        if latents is None:
+            return None
+        previewer = latent_preview.get_previewer(latents.device, comfy.latent_formats.SDXL())
+        return previewer.decode_latent_to_preview_image("JPEG", latents) if previewer else None
+
+    def load_vae(self, path: Path) -> Any:
+        return load_comfy_vae(path)
+
+
+def load_comfy_vae(path: Path) -> Any:
+    """Loads a VAE as ComfyUI's own VAE object.
+
+    The host builds every VAE with SDXL's widths and 32 groups per norm. A smaller one gets a host object built
+    around a small stand-in network, which is then replaced by diffusers' network.
+
+    Raises:
+        CheckpointError: nothing there, a damaged file, or no VAE of SDXL's kind.
+    """
+    import comfy.ldm.models.autoencoder
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.sd
+
+    autoencoder = load_vae(path).autoencoder
+    if tuple(autoencoder.config.block_out_channels) == SDXL_VAE_CONFIG["block_out_channels"]:
+        return comfy.sd.VAE(sd=dict(autoencoder.state_dict()))
+    sizes = {"double_z": True, "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32}
+    sizes |= {"ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+    params = {"ddconfig": sizes, "embed_dim": 4}
+    stand_in = comfy.ldm.models.autoencoder.AutoencoderKL(**params).state_dict()
+    vae = comfy.sd.VAE(sd=stand_in, config={"params": {"ddconfig": sizes, "embed_dim": 4}})
+    vae.first_stage_model = ComfyAutoencoder(autoencoder).to(vae.vae_dtype)
+    vae.patcher = comfy.model_patcher.ModelPatcher(
+        vae.first_stage_model,
+        load_device=vae.device,
+        offload_device=comfy.model_management.vae_offload_device(),
+    )
+    return vae
+
+
+class ComfyAutoencoder(nn.Module):
+    """diffusers' autoencoder with the two methods that ComfyUI's VAE object calls.
+
+    Pictures are (B, 3, H, W) in [-1, 1], latents (B, 4, h, w) without the scaling factor.
+    """
+
+    def __init__(self, autoencoder: nn.Module):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.autoencoder.encode(pictures).latent_dist.mode()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.autoencoder.decode(latents, return_dict=False)[0]
+
+
+def get_host() -> Host:
+    """Gives the host of the running graph: a headless Runner if one runs it, else ComfyUI, else local folders."""
+    from ..headless.host import HeadlessHost, get_running_host
+
+    runner = get_running_host()
+    if runner is None and "folder_paths" in sys.modules:
+        return ComfyHost()
+    return RunnerHost(runner or HeadlessHost())

@@ -1,0 +1,80 @@
+"""The models that a node can name, where they lie, and what travels on the sockets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..kolors.text_encoder import TextEncoder
+from ..kolors.tokenizer import Tokenizer
+from .host import Host
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+KOLORS = "Kwai-Kolors/Kolors"
+DEMO = "kolors-shapes (demo)"
+MODEL_CHOICES = [KOLORS, DEMO]
+DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "kolors-shapes"
+
+# Names under models/diffusers that people and other packs give the same model, the preferred one first.
+_FOLDER_NAMES = ("Kolors", "Kolors-diffusers", "Kwai-Kolors/Kolors", "Kwai-Kolors/Kolors-diffusers")
+_DOWNLOADS = {  # part of the model: repository, files
+    "unet": ("Kwai-Kolors/Kolors", "unet/*.json unet/*fp16.safetensors"),
+    "text_encoder": ("Kwai-Kolors/Kolors", "text_encoder/*"),
+}
+
+
+@dataclass(frozen=True)
+class KolorsModel:
+    """Socket KOLORSMODEL: a UNet, shared by everything that is connected and never changed."""
+
+    unet: UNet2DConditionModel
+
+
+@dataclass(frozen=True)
+class ChatGLM3Model:
+    """Socket CHATGLM3MODEL: a text encoder and its tokenizer."""
+
+    text_encoder: TextEncoder
+    tokenizer: Tokenizer
+
+
+def find_model(host: Host, choice: str, part: str) -> Path:
+    """Finds the folder of a model that has a part (``unet`` or ``text_encoder``).
+
+    Args:
+        host: knows the model folders.
+        choice: one of ``MODEL_CHOICES``.
+        part: the sub-folder that is needed; another part being there does not make up for it.
+
+    Raises:
+        FileNotFoundError: the part is nowhere; says where it would go and what fetches it.
+        ValueError: no model has this name.
+    """
+    if choice not in MODEL_CHOICES:
+        raise ValueError(f"No model is called {choice!r}. Choose one of: {', '.join(MODEL_CHOICES)}.")
+    if choice == DEMO:
+        return DEMO_FOLDER
+    roots = host.get_folders("diffusers")
+    for root in roots:
+        for name in _FOLDER_NAMES:
+            if (root / name / part / "config.json").is_file():
+                return root / name
+    repository, files = _DOWNLOADS[part]
+    target = roots[0] / _FOLDER_NAMES[0]
+    patterns = " ".join(f'"{pattern}"' for pattern in files.split())
+    raise FileNotFoundError(
+        f"Kolors' {part} is not in {target / part}. Fetch it: "
+        f'hf download {repository} --include {patterns} --local-dir "{target}"'
+    )
+
+
+def list_vae_folders(host: Host) -> dict[str, Path]:
+    """Lists VAEs in the diffusers layout: the bundled one and ``diffusers/<model>/vae``, name → folder."""
+    found = {DEMO: DEMO_FOLDER / "vae"}
+    for root in host.get_folders("diffusers"):
+        for config in sorted(root.glob("*/vae/config.json")):
+            found.setdefault(f"diffusers/{config.parent.parent.name}/vae", config.parent)
+    return found

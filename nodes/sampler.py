@@ -1,0 +1,84 @@
+"""The node that samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..kolors.sampling import SamplingOptions, sample
+from ..kolors.schedulers import SCHEDULERS
+from ..kolors.vae import SCALING_FACTOR
+from .encode import from_socket
+from .host import get_host
+from .models import KolorsModel
+
+DEFAULTS = SamplingOptions()
+
+
+class KolorsSampler:
+    """Samples latents with the Kolors UNet."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "kolors_model": ("KOLORSMODEL", {"tooltip": "The UNet."}),
+                "kolors_embeds": ("KOLORS_EMBEDS", {"tooltip": "The encoded prompts; a picture is drawn for each."}),
+                "width": ("INT", {"default": DEFAULTS.width, "min": 64, "max": 2048, "step": 64,
+                          "tooltip": "Width in pixels, 64 to 2048. Kolors is best near 1024. Not used with a latent."}),
+                "height": ("INT", {"default": DEFAULTS.height, "min": 64, "max": 2048, "step": 64,
+                           "tooltip": "Height in pixels, 64 to 2048. Not used with a latent."}),
+                "seed": ("INT", {"default": DEFAULTS.seed, "min": 0, "max": 0xFFFFFFFFFFFFFFFF,
+                         "tooltip": "Decides the noise, 0 to 2^64 - 1. The same seed gives the same picture."}),
+                "steps": ("INT", {"default": DEFAULTS.num_inference_steps, "min": 1, "max": 200, "step": 1,
+                          "tooltip": "Steps of the whole schedule, 1 to 200. More are finer and slower."}),
+                "cfg": ("FLOAT", {"default": DEFAULTS.guidance_scale, "min": 0.0, "max": 20.0, "step": 0.01,
+                        "tooltip": "How closely the prompt is followed, 0 to 20. At 1 and below there is no "
+                                   "guidance: twice as fast, the negative prompt is not used."}),
+                "scheduler": (list(SCHEDULERS), {"default": DEFAULTS.scheduler,
+                              "tooltip": "The method that removes the noise."}),
+            },
+            "optional": {
+                "latent": ("LATENT", {"tooltip": "Start from this picture (VAE Encode). It sets the size."}),
+                "denoise_strength": ("FLOAT", {"default": DEFAULTS.strength, "min": 0.0, "max": 1.0, "step": 0.01,
+                                     "tooltip": "Share of the steps that is run on the latent, 0 to 1: the lower, the "
+                                                "closer to it. Below 1 a latent is needed."}),
+                "noise_device": (["gpu", "cpu"], {"default": "gpu", "tooltip": "Where noise is drawn: on the device "
+                                 "that samples, or on the CPU, where a seed gives the same on every machine."}),
+            },
+        }  # fmt: skip
+
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("latent",)
+    OUTPUT_TOOLTIPS = ("The sampled latents, for VAE Decode.",)
+    FUNCTION = "process"
+    CATEGORY = "KwaiKolorsWrapper"
+    DESCRIPTION = "Draws a picture for each prompt, from noise or starting from a latent."
+
+    def process(
+        self,
+        kolors_model: KolorsModel,
+        kolors_embeds: dict[str, torch.Tensor],
+        width: int,
+        height: int,
+        seed: int,
+        steps: int,
+        cfg: float,
+        scheduler: str,
+        latent: dict[str, torch.Tensor] | None = None,
+        denoise_strength: float = DEFAULTS.strength,
+        noise_device: str = "gpu",
+    ) -> tuple[dict[str, torch.Tensor]]:
+        host = get_host()
+        options = SamplingOptions(
+            num_inference_steps=steps, guidance_scale=cfg, scheduler=scheduler, strength=denoise_strength,
+            height=height, width=width, seed=seed,
+        )  # fmt: skip
+        samples = None if latent is None else latent["samples"] * SCALING_FACTOR
+        with host.on_device(kolors_model.unet):
+            latents = sample(
+                kolors_model.unet, from_socket(kolors_embeds), options, latents=samples,
+                noise_device="cpu" if noise_device == "cpu" else None, on_step=host.report_step,
+            )  # fmt: skip
+        return ({"samples": (latents / SCALING_FACTOR).to(host.get_intermediate_device())},)
