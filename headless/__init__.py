@@ -1,0 +1,18 @@
+"""Runs ComfyUI graphs without ComfyUI. Importing this loads neither torch nor a node."""
+
+from .graph import Graph
+from .host import HeadlessHost, Interrupted, get_running_host
+from .runner import Runner, RunResult
+from .workflow import WorkflowError, load_workflow, to_prompt
+
+__all__ = [
+    "Graph",
+    "HeadlessHost",
+    "Interrupted",
+    "RunResult",
+    "Runner",
+    "WorkflowError",
+    "get_running_host",
+    "load_workflow",
+    "to_prompt",
+]
