@@ -168,7 +168,8 @@ class HeadlessHost:
         relative = _check_relative(os.path.normpath(prefix.replace("\\", "/")), "filename_prefix")
         target = folder / relative.parent
         target.mkdir(parents=True, exist_ok=True)
-        taken = re.compile(re.escape(relative.name) + r"_(\d+)", re.IGNORECASE if os.name == "nt" else 0)
+        series = re.escape(relative.name).replace("%batch_num%", r"\d+")
+        taken = re.compile(rf"{series}_(\d+)_", re.IGNORECASE if os.name == "nt" else 0)
         numbers = [int(found[1]) for found in map(taken.match, os.listdir(target)) if found]
         subfolder = "" if relative.parent == PurePosixPath() else relative.parent.as_posix()
         return SavePath(folder=target, stem=relative.name, counter=max(numbers, default=0) + 1, subfolder=subfolder)

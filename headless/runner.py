@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,8 +16,6 @@ from .host import HeadlessHost, use_host
 from .stand_ins import with_stand_ins
 from .validation import validate_prompt
 from .workflow import WorkflowError, is_ui_workflow, load_workflow, to_prompt
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +100,7 @@ class Runner:
                 workflow = workflow_or_prompt
                 if not isinstance(workflow, Mapping):
                     workflow = load_workflow(workflow)
-                prompt = to_prompt(workflow, self.nodes)
+                prompt = self.to_prompt(workflow)
             except WorkflowError as error:
                 details = {"type": "invalid_workflow", "message": str(error), "details": "", "extra_info": {}}
                 return RunResult(status="invalid", error=details)
@@ -111,6 +108,11 @@ class Runner:
             if is_ui_workflow(workflow):
                 extra_data.setdefault("extra_pnginfo", {"workflow": copy.deepcopy(dict(workflow))})
             return self._run_prompt(prompt, outputs, extra_data)
+
+    def to_prompt(self, workflow: Mapping[str, Any]) -> Prompt:
+        """Converts a workflow into an API prompt, with this runner's nodes and folders. See `to_prompt`."""
+        with use_host(self.host):
+            return to_prompt(workflow, self.nodes)
 
     def interrupt(self) -> None:
         """Asks the run in progress to stop. May be called from another thread."""
@@ -131,7 +133,8 @@ class Runner:
                 self.on_event(name, {**data, "prompt_id": prompt_id})
 
         self.host.clear_interrupt()
-        emit("execution_start", {"nodes": list(prompt)})
+        needed = {member for target in validation.targets for member in [target, *graph.get_ancestors(target)]}
+        emit("execution_start", {"nodes": [node_id for node_id in prompt if node_id in needed]})
         self._cache.set_graph(graph)
         cached = tuple(node_id for node_id in prompt if self._cache.get(node_id))
         emit("execution_cached", {"nodes": list(cached)})

@@ -1,0 +1,5 @@
+"""``python -m kolors_nodes`` is the ``kolors`` command."""
+
+from .headless.command import main
+
+raise SystemExit(main())
