@@ -36,10 +36,11 @@ def describe_result(result: RunResult, nodes: NodeClasses, host: HeadlessHost) -
 def label_node(graph: Graph, node_id: str) -> str:
     """Returns how a node is named to the user: class, title where it has one of its own, id."""
     node = graph.prompt[node_id]
-    class_type = node.get("class_type", "a node without class")
-    title = (node.get("_meta") or {}).get("title")
-    default = getattr(graph.classes.get(class_type), "DISPLAY_NAME", class_type)
-    quoted = f' "{title}"' if title and title not in (class_type, default) else ""
+    class_type = str(node.get("class_type", "a node without class"))
+    title = (node.get("_meta") or {}).get("title") or ""
+    defaults = {getattr(kind, "DISPLAY_NAME", "") for kind in graph.classes.values()}
+    has_own = title not in defaults and title.replace(" ", "").lower() not in ("", class_type.lower())
+    quoted = f' "{title}"' if has_own else ""
     return f"{class_type}{quoted} (node {node_id})"
 
 

@@ -70,8 +70,8 @@ def _slerp_along(samples: torch.Tensor, dim: int, length: int) -> torch.Tensor:
     first, second, ratio = _get_neighbours(samples.shape[dim], length, samples.device)
     shape = [1] * samples.ndim
     shape[dim] = length
-    before = samples.index_select(dim, first).movedim(1, -1)  # (B, h, w, C)
-    after = samples.index_select(dim, second).movedim(1, -1)
+    before = samples.index_select(dim, first).movedim(1, -1).contiguous()  # (B, h, w, C)
+    after = samples.index_select(dim, second).movedim(1, -1).contiguous()
     ratio = ratio.reshape(shape).movedim(1, -1)  # (1, h or 1, w or 1, 1)
     return slerp(before, after, ratio).movedim(-1, 1)
 
@@ -103,8 +103,7 @@ def slerp(before: torch.Tensor, after: torch.Tensor, ratio: torch.Tensor) -> tor
     after_unit = torch.where(after_norm == 0, 0.0, after / after_norm)
     cosine = (before_unit * after_unit).sum(-1, keepdim=True)
     angle = torch.acos(cosine)
-    weights = torch.sin((1 - ratio) * angle), torch.sin(ratio * angle)
-    arc = (weights[0] * before_unit + weights[1] * after_unit) / torch.sin(angle)
-    result = arc * (before_norm * (1 - ratio) + after_norm * ratio)
+    before_weight, after_weight = (torch.sin(part * angle) / torch.sin(angle) for part in (1 - ratio, ratio))
+    result = (before_weight * before_unit + after_weight * after_unit) * (before_norm * (1 - ratio) + after_norm * ratio)
     result = torch.where(cosine > 1 - 1e-5, before, result)
     return torch.where(cosine < 1e-5 - 1, before * (1 - ratio) + after * ratio, result)

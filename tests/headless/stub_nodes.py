@@ -174,12 +174,15 @@ class Fail:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"value": ("INT", {"forceInput": True}), "text": ("STRING", {"default": "broken"})}}
+        return {
+            "required": {"value": ("INT", {"forceInput": True})},
+            "optional": {"text": ("STRING", {"default": "broken"})},
+        }
 
     RETURN_TYPES = ("INT",)
     FUNCTION = "fail"
 
-    def fail(self, value, text):
+    def fail(self, value, text="broken"):
         raise ValueError(text)
 
 
