@@ -1,0 +1,1 @@
+"""How the demo model was made: data, training, evaluation. Run it with `python -m kolors_nodes.demo.recipe`."""
