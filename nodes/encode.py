@@ -38,7 +38,7 @@ class KolorsTextEncode:
     RETURN_NAMES = ("kolors_embeds",)
     OUTPUT_TOOLTIPS = ("The encoded prompts and negatives, for Kolors Sampler.",)
     FUNCTION = "encode"
-    CATEGORY = "KwaiKolorsWrapper"
+    CATEGORY = "Kolors"
     DESCRIPTION = "Encodes prompts for Kolors: several at once with '|', one of several words with '{x|y}'."
 
     def encode(

@@ -37,7 +37,7 @@ class DownloadAndLoadKolorsModel:
     RETURN_NAMES = ("kolors_model",)
     OUTPUT_TOOLTIPS = ("The UNet, for Kolors Sampler.",)
     FUNCTION = "loadmodel"
-    CATEGORY = "KwaiKolorsWrapper"
+    CATEGORY = "Kolors"
     DESCRIPTION = "Loads the Kolors UNet, the network that draws."
 
     @classmethod
@@ -70,7 +70,7 @@ class DownloadAndLoadChatGLM3:
     RETURN_NAMES = ("chatglm3_model",)
     OUTPUT_TOOLTIPS = ("The text encoder with its tokenizer, for Kolors Text Encode.",)
     FUNCTION = "loadmodel"
-    CATEGORY = "KwaiKolorsWrapper"
+    CATEGORY = "Kolors"
     DESCRIPTION = "Loads ChatGLM3, which reads the prompts for Kolors."
 
     @classmethod
@@ -100,7 +100,7 @@ class LoadChatGLM3:
     RETURN_NAMES = ("chatglm3_model",)
     OUTPUT_TOOLTIPS = ("The text encoder with its tokenizer, for Kolors Text Encode.",)
     FUNCTION = "loadmodel"
-    CATEGORY = "KwaiKolorsWrapper"
+    CATEGORY = "Kolors"
     DESCRIPTION = "Loads ChatGLM3, which reads the prompts for Kolors, from a single file."
 
     @classmethod
@@ -137,7 +137,7 @@ class KolorsVAELoader:
     RETURN_NAMES = ("vae",)
     OUTPUT_TOOLTIPS = ("The VAE, for VAE Decode and VAE Encode.",)
     FUNCTION = "load_vae"
-    CATEGORY = "KwaiKolorsWrapper"
+    CATEGORY = "Kolors"
     DESCRIPTION = "Loads the VAE that turns latents into pictures and back. Reads the bundled model's too."
 
     def load_vae(self, vae_name: str) -> tuple[Any]:

@@ -53,7 +53,7 @@ class KolorsSampler:
     RETURN_NAMES = ("latent",)
     OUTPUT_TOOLTIPS = ("The sampled latents, for VAE Decode.",)
     FUNCTION = "process"
-    CATEGORY = "KwaiKolorsWrapper"
+    CATEGORY = "Kolors"
     DESCRIPTION = "Draws a picture for each prompt, from noise or starting from a latent."
 
     def process(
@@ -81,4 +81,4 @@ class KolorsSampler:
                 kolors_model.unet, from_socket(kolors_embeds), options, latents=samples,
                 noise_device="cpu" if noise_device == "cpu" else None, on_step=host.report_step,
             )  # fmt: skip
-        return ({"samples": (latents / SCALING_FACTOR).to(host.get_intermediate_device())},)
+        return ({"samples": (latents.float() / SCALING_FACTOR).to(host.get_intermediate_device())},)

@@ -1,0 +1,18 @@
+"""Fixtures for all tests: where the reference data lies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder of published facts about the real checkpoint."""
+    root = Path(__file__).parents[1]
+    folder = Path(os.environ.get("KOLORS_REFERENCE", root.parent / "shared" / "reference"))
+    if not folder.is_dir():
+        pytest.skip("no reference data: set KOLORS_REFERENCE to the folder with Kolors' published configurations")
+    return folder

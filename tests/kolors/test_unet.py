@@ -1,0 +1,115 @@
+"""The UNet's configuration, and loading it from disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kolors_nodes.kolors.checkpoint import CheckpointError
+from kolors_nodes.kolors.unet import KOLORS_UNET_CONFIG, build_unet, load_unet
+
+from .conftest import TINY_UNET
+
+
+def test_full_size_names_and_shapes(reference):
+    expected = json.loads((reference / "kolors" / "unet_state_dict_shapes.json").read_text(encoding="utf-8"))
+    unet = build_unet(device="meta")
+    assert {name: list(tensor.shape) for name, tensor in unet.state_dict().items()} == expected
+
+
+def test_the_configuration_is_the_published_one(reference):
+    published = json.loads((reference / "kolors" / "unet_config.json").read_text(encoding="utf-8"))
+    ours = build_unet(device="meta").config
+    for key, value in published.items():
+        assert json.loads(json.dumps(ours[key])) == value, key
+    assert set(KOLORS_UNET_CONFIG) <= set(published)
+
+
+@pytest.fixture
+def saved(tmp_path, tiny_unet):
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**TINY_UNET, "_class_name": "UNet2DConditionModel"}))
+    weights = {name: tensor.half() for name, tensor in tiny_unet.state_dict().items()}
+    save_file(weights, folder / "diffusion_pytorch_model.fp16.safetensors")
+    return folder, weights
+
+
+def test_loads_what_was_saved(saved):
+    folder, weights = saved
+    unet = load_unet(folder, dtype=torch.float16)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in unet.state_dict().items())
+    assert not unet.training
+    assert not any(parameter.requires_grad for parameter in unet.parameters())
+
+
+def test_converts_the_precision(saved):
+    folder, weights = saved
+    unet = load_unet(folder, dtype=torch.float32)
+    assert unet.dtype == torch.float32
+    assert torch.equal(unet.conv_in.weight, weights["conv_in.weight"].float())
+
+
+def test_weights_stay_mapped_to_the_file(saved):
+    """Loading in the file's precision reads nothing: the mapping grows, the process's own memory does not."""
+    folder, weights = saved
+    size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    big = folder / "diffusion_pytorch_model.fp16.safetensors"
+    unet = load_unet(folder, dtype=torch.float16)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in unet.state_dict().values()}
+    span = max(tensor.data_ptr() for tensor in unet.state_dict().values()) - min(storages)
+    assert span <= big.stat().st_size
+    assert size <= big.stat().st_size
+
+
+def test_truncated_file(saved):
+    folder, _ = saved
+    file = folder / "diffusion_pytorch_model.fp16.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="incomplete download"):
+        load_unet(folder, dtype=torch.float16)
+
+
+def test_an_sdxl_unet_in_kolors_place(saved):
+    folder, weights = saved
+    del weights["encoder_hid_proj.weight"], weights["encoder_hid_proj.bias"]
+    save_file(weights, folder / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(CheckpointError, match="holds an SDXL UNet: it lacks encoder_hid_proj"):
+        load_unet(folder, dtype=torch.float16)
+
+
+def test_an_inpainting_unet(saved):
+    folder, _ = saved
+    (folder / "config.json").write_text(json.dumps({**TINY_UNET, "in_channels": 9}))
+    with pytest.raises(CheckpointError, match="9 is the inpainting model"):
+        load_unet(folder, dtype=torch.float16)
+
+
+def test_missing_and_unknown_tensors_are_shown(saved):
+    folder, weights = saved
+    weights["conv_extra.weight"] = weights.pop("conv_in.weight")
+    save_file(weights, folder / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing \(conv_in.weight\), 1 are unknown \(conv_extra.weight\)"):
+        load_unet(folder, dtype=torch.float16)
+
+
+def test_no_weights_and_no_config(tmp_path):
+    with pytest.raises(CheckpointError, match="config.json"):
+        load_unet(tmp_path, dtype=torch.float16)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="No weights found"):
+        load_unet(tmp_path, dtype=torch.float16)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="no readable JSON"):
+        load_unet(tmp_path, dtype=torch.float16)
+
+
+def test_a_pickle_with_code_is_refused(saved):
+    folder, _ = saved
+    (folder / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    torch.save({"conv_in.weight": print}, folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="holds more than tensors and is refused"):
+        load_unet(folder, dtype=torch.float16)
