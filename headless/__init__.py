@@ -1,9 +1,10 @@
 """Runs ComfyUI graphs without ComfyUI. Importing this loads neither torch nor a node."""
 
+from .conversion import to_prompt
 from .graph import Graph
 from .host import HeadlessHost, Interrupted, get_running_host
 from .runner import Runner, RunResult
-from .workflow import WorkflowError, load_workflow, to_prompt
+from .workflow import WorkflowError, load_workflow
 
 __all__ = [
     "Graph",

@@ -84,7 +84,11 @@ class Signatures:
         if node_id not in self.graph.prompt:
             return _Unequal()
         node_class = self.graph.get_class(node_id)
-        hidden = self.graph.get_input_types(node_id).get("hidden") or {}
+        try:
+            hidden = self.graph.get_input_types(node_id).get("hidden") or {}
+        except Exception as error:  # such a class fails the validation: nothing that runs depends on this node
+            logger.debug("%s (node %s): INPUT_TYPES failed: %s", node_class.__name__, node_id, error)
+            return _Unequal()
         is_bound_to_id = getattr(node_class, "NOT_IDEMPOTENT", False) or "UNIQUE_ID" in hidden.values()
         inputs = self.graph.prompt[node_id].get("inputs", {})
         links_and_constants = tuple(

@@ -12,7 +12,9 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
+from .conversion import to_prompt
 from .graph import Graph, NodeClasses, Prompt
+from .host import use_host
 from .messages import describe_result
 from .packs import PackError, load_pack
 from .runner import Runner, RunResult
@@ -22,8 +24,6 @@ from .workflow import WorkflowError, is_ui_workflow, load_workflow
 DONE, FAILED, INVALID = 0, 1, 2
 DEMO_HINT = "To try this graph without any download, add --demo: it runs on the small bundled model."
 STATUS_EXIT = {"success": DONE, "error": FAILED, "invalid": INVALID}
-
-logger = logging.getLogger(__name__)
 
 
 class UsageError(Exception):
@@ -100,11 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_workflow(options: argparse.Namespace, out: TextIO) -> int:
     """The command ``kolors run``. Returns the exit status."""
-    level = logging.DEBUG if options.verbose else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
-    logging.getLogger(__package__.partition(".")[0]).setLevel(level)
     try:
-        with ProgressBar(sys.stderr) as progress:
+        with ProgressBar(sys.stderr) as progress, show_log(sys.stderr, options.verbose):
             runner, prompt, extra_data = _prepare(options, progress)
             result = runner.run(prompt, extra_data=extra_data)
     except (UsageError, WorkflowError, SettingError, PackError) as error:
@@ -132,12 +129,17 @@ def _prepare(options: argparse.Namespace, progress: ProgressBar) -> tuple[Runner
         if isinstance(error, PackError):
             raise
         raise UsageError(str(error)) from error
-    prompt = runner.to_prompt(workflow)
-    if options.demo:
-        from ..nodes.demo import to_demo_prompt
+    with use_host(runner.host):
+        prompt = to_prompt(workflow, runner.nodes)
+        if options.demo:
+            from ..nodes.demo import to_demo_prompt
 
-        prompt = to_demo_prompt(prompt)
-    applied = apply_settings(Graph(prompt, runner.nodes), options.settings)
+            prompt = to_demo_prompt(prompt)
+        applied = apply_settings(Graph(prompt, runner.nodes), options.settings)
+        extra_data = None
+        if is_ui_workflow(workflow):
+            shown = apply_to_workflow(workflow, applied, runner.nodes)
+            extra_data = {"extra_pnginfo": {"workflow": shown}}
     try:
         runner.host.check_output_dir()
     except OSError as error:
@@ -146,10 +148,7 @@ def _prepare(options: argparse.Namespace, progress: ProgressBar) -> tuple[Runner
             f"The output folder {runner.host.output_dir} cannot be written to ({reason}). "
             "Choose another with --output-dir."
         ) from error
-    if not is_ui_workflow(workflow):
-        return runner, prompt, None
-    workflow = apply_to_workflow(workflow, applied, runner.nodes)
-    return runner, prompt, {"extra_pnginfo": {"workflow": workflow}}
+    return runner, prompt, extra_data
 
 
 def load_nodes(packs: Sequence[str]) -> NodeClasses:
@@ -258,6 +257,27 @@ def reserve_stdout() -> Iterator[TextIO]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+
+
+@contextlib.contextmanager
+def show_log(stream: TextIO, is_verbose: bool) -> Iterator[None]:
+    """Shows the package's warnings on a stream inside the block, everything it logs when verbose."""
+    log = logging.getLogger(__package__.partition(".")[0])
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_LogFormatter())
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if is_verbose else logging.WARNING)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+class _LogFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {record.getMessage()}"
 
 
 class ProgressBar:

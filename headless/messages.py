@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .graph import Graph, NodeClasses, is_link
-from .host import HeadlessHost
+from .host import HeadlessHost, use_host
 from .runner import RunResult
 from .validation import LISTED_CHOICES
 
@@ -23,11 +23,12 @@ def describe_result(result: RunResult, nodes: NodeClasses, host: HeadlessHost) -
     graph = Graph(result.prompt, nodes)
     if result.status == "error":
         return [_describe_failure(graph, result.error or {})]
-    findings = [
-        _describe_error(graph, node_id, error, host)
-        for node_id in result.prompt
-        for error in result.node_errors.get(node_id, {}).get("errors", [])
-    ]
+    with use_host(host):  # lists of files are asked for again
+        findings = [
+            _describe_error(graph, node_id, error, host)
+            for node_id in result.prompt
+            for error in result.node_errors.get(node_id, {}).get("errors", [])
+        ]
     if result.status == "invalid" and not findings:
         return [_describe_refusal(graph, result.error or {})]
     return list(dict.fromkeys(findings))

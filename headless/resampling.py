@@ -104,6 +104,7 @@ def slerp(before: torch.Tensor, after: torch.Tensor, ratio: torch.Tensor) -> tor
     cosine = (before_unit * after_unit).sum(-1, keepdim=True)
     angle = torch.acos(cosine)
     before_weight, after_weight = (torch.sin(part * angle) / torch.sin(angle) for part in (1 - ratio, ratio))
-    result = (before_weight * before_unit + after_weight * after_unit) * (before_norm * (1 - ratio) + after_norm * ratio)
+    norm = before_norm * (1 - ratio) + after_norm * ratio
+    result = (before_weight * before_unit + after_weight * after_unit) * norm
     result = torch.where(cosine > 1 - 1e-5, before, result)
     return torch.where(cosine < 1e-5 - 1, before * (1 - ratio) + after * ratio, result)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from .cache import Cache, CachedResult
+from .conversion import to_prompt
 from .execution import EventSink, Execution
 from .graph import Graph, NodeClasses, Prompt
 from .host import HeadlessHost, use_host
 from .stand_ins import with_stand_ins
 from .validation import validate_prompt
-from .workflow import WorkflowError, is_ui_workflow, load_workflow, to_prompt
+from .workflow import WorkflowError, is_ui_workflow, load_workflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ class Runner:
                 workflow = workflow_or_prompt
                 if not isinstance(workflow, Mapping):
                     workflow = load_workflow(workflow)
-                prompt = self.to_prompt(workflow)
+                prompt = to_prompt(workflow, self.nodes)
             except WorkflowError as error:
                 details = {"type": "invalid_workflow", "message": str(error), "details": "", "extra_info": {}}
                 return RunResult(status="invalid", error=details)
@@ -108,11 +109,6 @@ class Runner:
             if is_ui_workflow(workflow):
                 extra_data.setdefault("extra_pnginfo", {"workflow": copy.deepcopy(dict(workflow))})
             return self._run_prompt(prompt, outputs, extra_data)
-
-    def to_prompt(self, workflow: Mapping[str, Any]) -> Prompt:
-        """Converts a workflow into an API prompt, with this runner's nodes and folders. See `to_prompt`."""
-        with use_host(self.host):
-            return to_prompt(workflow, self.nodes)
 
     def interrupt(self) -> None:
         """Asks the run in progress to stop. May be called from another thread."""
