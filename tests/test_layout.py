@@ -24,6 +24,7 @@ DOORS = {
     ("headless/command.py", "nodes"),
     ("headless/stand_ins.py", "kolors"),
 }
+HOST_MODULES = {"comfy", "folder_paths", "latent_preview", "server", "execution", "comfy_execution"}
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 

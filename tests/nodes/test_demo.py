@@ -38,7 +38,7 @@ def test_loaders_and_sizes_change_and_nothing_else():
     demo = to_demo_prompt(prompt)
     assert prompt == before
     assert demo == {
-        "1": {"class_type": "DownloadAndLoadKolorsModel", "inputs": {"model": DEMO, "precision": "fp16"}},
+        "1": {"class_type": "DownloadAndLoadKolorsModel", "inputs": {"model": DEMO, "precision": "bf16"}},
         "2": {"class_type": "DownloadAndLoadChatGLM3", "inputs": {"model": DEMO, "precision": "fp16"}},
         "3": {"class_type": "DownloadAndLoadChatGLM3", "inputs": {"model": DEMO, "precision": "fp16"}},
         "4": {"class_type": "KolorsVAELoader", "inputs": {"vae_name": DEMO}},
