@@ -262,6 +262,10 @@ def reserve_stdout() -> Iterator[TextIO]:
 @contextlib.contextmanager
 def show_log(stream: TextIO, is_verbose: bool) -> Iterator[None]:
     """Shows the package's warnings on a stream inside the block, everything it logs when verbose."""
+    if not is_verbose:
+        # Their remarks are for programmers. Read when they are imported, so a setting of the user's comes first.
+        for library in ("DIFFUSERS", "TRANSFORMERS"):
+            os.environ.setdefault(f"{library}_VERBOSITY", "error")
     log = logging.getLogger(__package__.partition(".")[0])
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_LogFormatter())

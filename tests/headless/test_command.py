@@ -334,6 +334,25 @@ def test_ctrl_c_ends_in_one_line(kolors, monkeypatch):
     assert json.loads(kolors(prompt, "--json")[1])["status"] == "error"
 
 
+def test_warnings_of_the_package_are_shown_and_details_only_when_asked(kolors, monkeypatch):
+    import logging
+
+    from kolors_nodes.headless import stand_ins
+
+    def generate(self, **_):
+        logging.getLogger("kolors_nodes.kolors.prompts").warning("3 tokens are lost")
+        logging.getLogger("kolors_nodes.kolors.prompts").debug("a detail")
+        return ({},)
+
+    monkeypatch.setattr(stand_ins.EmptyLatentImage, "generate", generate)
+    prompt = {
+        "1": {"class_type": "EmptyLatentImage", "inputs": {"width": 16, "height": 16, "batch_size": 1}},
+        "2": {"class_type": "Show", "inputs": {"value": ["1", 0]}},
+    }
+    assert kolors(prompt) == (0, "", "warning: 3 tokens are lost\n")
+    assert "debug: a detail" in kolors(prompt, "--verbose")[2]
+
+
 def test_help_goes_to_stdout(capsys):
     assert main(["run", "--help"]) == 0
     assert "--models-dir" in capsys.readouterr().out
