@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from kolors_nodes.headless import Runner
 
 STUB_PACK = Path(__file__).with_name("stub_nodes.py")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from kolors_nodes.headless.command import ProgressBar, main
 
 STUB_PACK = str(Path(__file__).with_name("stub_nodes.py"))

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+
 from kolors_nodes.headless import Runner, get_running_host
 
 

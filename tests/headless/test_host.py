@@ -7,6 +7,7 @@ import re
 import time
 
 import pytest
+
 from kolors_nodes.headless import HeadlessHost
 from kolors_nodes.headless.host import find_comfyui_folder
 

@@ -7,6 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from kolors_nodes.headless import HeadlessHost, Runner
 from kolors_nodes.headless.host import use_host
 from kolors_nodes.headless.resampling import resample
@@ -24,9 +28,6 @@ from kolors_nodes.headless.stand_ins import (
     VAEEncode,
     VAELoader,
 )
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 
 @pytest.fixture

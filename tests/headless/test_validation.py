@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+
 from kolors_nodes.headless.graph import Graph
 from kolors_nodes.headless.stand_ins import with_stand_ins
 from kolors_nodes.headless.validation import is_type_match, validate_prompt

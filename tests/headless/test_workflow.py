@@ -7,9 +7,10 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from kolors_nodes.headless import WorkflowError, load_workflow, to_prompt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from kolors_nodes.headless import WorkflowError, load_workflow, to_prompt
 
 NOW = datetime(2024, 3, 7, 9, 5, 2)
 
