@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from kolors_nodes import NODE_CLASS_MAPPINGS
-from kolors_nodes.headless import Runner, load_workflow, to_prompt
+from kolors_nodes.headless import Runner
 from kolors_nodes.headless.command import main
 
 ROOT = Path(__file__).parents[2]
@@ -92,10 +92,3 @@ def test_the_same_seed_gives_the_same_file_in_another_process(tmp_path):
     assert [(tmp_path / "there" / name).read_bytes() for name in names] == [
         (tmp_path / "here" / name).read_bytes() for name in names
     ]
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
-def test_the_example_workflows_convert(path):
-    prompt = to_prompt(load_workflow(path), NODE_CLASS_MAPPINGS)
-    unknown = {node["class_type"] for node in prompt.values()} - {*NODE_CLASS_MAPPINGS, *Runner({}).nodes}
-    assert not unknown

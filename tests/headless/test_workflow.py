@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from kolors_nodes.headless import WorkflowError, load_workflow, to_prompt
+from kolors_nodes import NODE_CLASS_MAPPINGS
+from kolors_nodes.headless import Runner, WorkflowError, load_workflow, to_prompt
 
+EXAMPLES = Path(__file__).parents[2] / "example_workflows"
 NOW = datetime(2024, 3, 7, 9, 5, 2)
 
 
@@ -329,13 +331,8 @@ def test_unreadable_files_are_told_with_their_path(tmp_path):
         assert name in str(caught.value)
 
 
-def test_the_tutorial_workflow_converts_as_comfyui_does():
-    from kolors_nodes import NODE_CLASS_MAPPINGS
-
-    path = Path(__file__).parents[3] / "shared" / "reference" / "seed" / "kolors_text_to_image.json"
-    if not path.is_file():
-        pytest.skip("the tutorial's workflow is not beside this checkout (../shared/reference/seed)")
-    prompt = to_prompt(load_workflow(path), NODE_CLASS_MAPPINGS)
+def test_the_tutorial_workflow_converts_as_comfyui_does(reference):
+    prompt = to_prompt(load_workflow(reference / "seed" / "kolors_text_to_image.json"), NODE_CLASS_MAPPINGS)
     assert sorted(prompt, key=int) == ["3", "6", "10", "11", "12", "13", "14"]
     sampler = prompt["14"]["inputs"]
     seen = {name: sampler[name] for name in ("width", "height", "seed", "steps", "cfg", "scheduler")}
@@ -346,3 +343,9 @@ def test_the_tutorial_workflow_converts_as_comfyui_does():
     assert (sampler["kolors_model"], sampler["kolors_embeds"]) == (["6", 0], ["12", 0])
     assert prompt["10"]["inputs"] == {"samples": ["14", 0], "vae": ["11", 0]}
     assert prompt["11"]["inputs"] == {"vae_name": "sdxl.vae.safetensors"}
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.json")), ids=lambda path: path.stem)
+def test_the_example_workflows_use_only_nodes_that_this_pack_and_the_runner_have(path):
+    prompt = to_prompt(load_workflow(path), NODE_CLASS_MAPPINGS)
+    assert {node["class_type"] for node in prompt.values()} <= set(Runner(NODE_CLASS_MAPPINGS).nodes)
