@@ -38,17 +38,13 @@ KOLORS_UNET_CONFIG: Mapping[str, Any] = MappingProxyType(
 
 
 def build_unet(
-    config: Mapping[str, Any] = KOLORS_UNET_CONFIG,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    config: Mapping[str, Any] = KOLORS_UNET_CONFIG, *, device: torch.device | str = "cpu"
 ) -> UNet2DConditionModel:
-    """Makes a UNet with fresh weights (``device="meta"``: with none at all)."""
+    """Makes a UNet with fresh float32 weights (``device="meta"``: with none at all)."""
     from diffusers import UNet2DConditionModel
 
     with torch.device(device):
-        unet = UNet2DConditionModel.from_config(dict(config))
-    return unet.to(dtype).eval()
+        return UNet2DConditionModel.from_config(dict(config)).eval()
 
 
 def load_unet(folder: str | Path, *, dtype: torch.dtype) -> UNet2DConditionModel:

@@ -35,12 +35,12 @@ class VAE:
     Pictures are (B, H, W, 3) float32 in [0, 1] on the CPU, latents (B, 4, h, w) without the scaling factor.
 
     Args:
-        autoencoder: the network.
-        device: where it runs; it computes in float32, because SDXL's original VAE overflows in half precision.
+        autoencoder: the network, in float32: SDXL's original VAE overflows in half precision.
+        device: where it runs.
     """
 
     def __init__(self, autoencoder: AutoencoderKL, device: torch.device | str = "cpu"):
-        self.autoencoder = autoencoder.to(device, torch.float32)
+        self.autoencoder = autoencoder.to(device)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from kolors_nodes.nodes.demo import shrink, to_demo_prompt
-from kolors_nodes.nodes.models import DEMO
+from kolors_nodes.nodes.models import DEMO, KOLORS
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_loaders_and_sizes_change_and_nothing_else():
     prompt = {
         "1": {
             "class_type": "DownloadAndLoadKolorsModel",
-            "inputs": {"model": "Kwai-Kolors/Kolors", "precision": "fp16"},
+            "inputs": {"model": KOLORS, "precision": "bf16"},
         },
         "2": {"class_type": "LoadChatGLM3", "inputs": {"chatglm3_checkpoint": "x.safetensors"}},
         "3": {"class_type": "DownloadAndLoadChatGLM3", "inputs": {"precision": "quant8"}},
