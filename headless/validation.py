@@ -1,8 +1,9 @@
 """Validation of an API prompt, with ComfyUI's rules, casts and error types.
 
 Source: ComfyUI 0.3.64, `execution.validate_prompt`. Two things differ on purpose: a cycle is the error
-`dependency_cycle` (as in later releases) where 0.3.64 runs into Python's recursion limit, and outputs are
-checked in the prompt's order, which 0.3.64 leaves to chance.
+`dependency_cycle` (as in later releases) where 0.3.64 runs into Python's recursion limit, and
+`dependent_outputs` names the outputs that need the faulty node, where 0.3.64 names those that happen to be
+checked after it.
 """
 
 from __future__ import annotations
@@ -114,9 +115,9 @@ class _Checker:
         return verdict.is_valid
 
     def _record(self, target: str) -> None:
-        # As in ComfyUI: every faulty node known by now, also those that only earlier targets need.
+        needed = {target, *self.graph.get_ancestors(target)}
         for node_id, verdict in self.verdicts.items():
-            if verdict.errors:
+            if verdict.errors and node_id in needed:
                 entry = {
                     "errors": verdict.errors,
                     "dependent_outputs": [],
@@ -167,15 +168,15 @@ class _Checker:
         if node_id in self.verdicts:
             return []
         links = []
-        try:
-            for name in _get_declared_names(self.graph, node_id):
-                value = self.graph.get_inputs(node_id).get(name)
+        for name, value in self.graph.prompt[node_id].get("inputs", {}).items():
+            try:
                 spec = self.graph.get_input_spec(node_id, name)
-                if isinstance(value, list) and len(value) == 2 and spec and value[0] in self.graph.prompt:
+                is_declared = spec is not None and spec.category != "hidden"
+                if is_declared and isinstance(value, list) and len(value) == 2 and value[0] in self.graph.prompt:
                     if self._check_link_type(node_id, name, spec, value) is None:
                         links.append((name, value[0]))
-        except Exception as error:  # the check of this node asks the same again, and reports it
-            logger.debug("node %s: links after %s not followed: %s", node_id, links, error)
+            except Exception as error:  # the check of this node asks the same again, and reports it
+                logger.debug("node %s: the link of %s is not followed: %s", node_id, name, error)
         return links
 
     def _check(self, node_id: str, via: tuple[str, str] | None) -> _Verdict:
