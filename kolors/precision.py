@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# Precision → the name of torch's dtype.
+PRECISIONS: Mapping[str, str] = MappingProxyType({"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"})
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +25,10 @@ def get_dtype(precision: str, device: torch.device | str) -> torch.dtype:
     Raises:
         ValueError: no precision has this name.
     """
-    if precision not in DTYPES:
-        raise ValueError(f"No precision is called {precision!r}. Choose one of: {', '.join(DTYPES)}.")
+    import torch
+
+    if precision not in PRECISIONS:
+        raise ValueError(f"No precision is called {precision!r}. Choose one of: {', '.join(PRECISIONS)}.")
     device = torch.device(device)
     replacement = precision
     if device.type == "cpu" and precision == "fp16":
@@ -30,4 +37,4 @@ def get_dtype(precision: str, device: torch.device | str) -> torch.dtype:
         replacement = "fp16"
     if replacement != precision:
         logger.info("%s is no precision for %s: computing in %s instead.", precision, device, replacement)
-    return DTYPES[replacement]
+    return getattr(torch, PRECISIONS[replacement])

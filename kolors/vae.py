@@ -8,13 +8,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from .checkpoint import CheckpointError, find_weight_files, iterate_tensors, load_weights_, read_json
+from .options import SCALING_FACTOR, VAE_SCALE_FACTOR
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-SCALING_FACTOR = 0.13025  # latents of the UNet = latents of the VAE times this
 
 # Source: vae/config.json of Kwai-Kolors/Kolors, where it differs from the defaults of diffusers.
 SDXL_VAE_CONFIG: Mapping[str, Any] = MappingProxyType(
@@ -29,10 +29,27 @@ SDXL_VAE_CONFIG: Mapping[str, Any] = MappingProxyType(
 )
 
 
+class PlainAutoencoder(nn.Module):
+    """diffusers' autoencoder from tensor to tensor: pictures (B, 3, H, W) in [-1, 1], latents (B, 4, h, w)."""
+
+    def __init__(self, autoencoder: AutoencoderKL):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Gives the means of the latents, without the scaling factor."""
+        return self.autoencoder.encode(pictures).latent_dist.mode()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Gives the pictures of latents without the scaling factor."""
+        return self.autoencoder.decode(latents, return_dict=False)[0]
+
+
 class VAE:
     """Turns pictures into latents and back, as ComfyUI's VAE object does.
 
     Pictures are (B, H, W, 3) float32 in [0, 1] on the CPU, latents (B, 4, h, w) without the scaling factor.
+    Pictures pass one at a time, so that a batch needs the memory of one.
 
     Args:
         autoencoder: the network, in float32: SDXL's original VAE overflows in half precision.
@@ -41,10 +58,11 @@ class VAE:
 
     def __init__(self, autoencoder: AutoencoderKL, device: torch.device | str = "cpu"):
         self.autoencoder = autoencoder.to(device)
+        self._network = PlainAutoencoder(autoencoder)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes latents (B, 4, h, w) to pictures (B, H, W, 3), one at a time.
+        """Decodes latents (B, 4, h, w) to pictures (B, H, W, 3).
 
         Raises:
             ValueError: the latents are not (B, 4, h, w).
@@ -54,13 +72,9 @@ class VAE:
             raise ValueError(
                 f"The latent has the shape {tuple(latents.shape)}, this VAE takes (batch, {channels}, h, w)."
             )
-        pictures = [self._decode_one(latent) for latent in latents]
-        return torch.stack(pictures)
-
-    def _decode_one(self, latent: torch.Tensor) -> torch.Tensor:
-        network = self.autoencoder
-        picture = network.decode(latent[None].to(network.device, torch.float32), return_dict=False)[0][0]
-        return (picture / 2 + 0.5).clamp(0, 1).movedim(0, -1).cpu()  # (H, W, 3)
+        latents = latents.to(self.autoencoder.device, torch.float32)
+        pictures = [self._network.decode(latent[None]).cpu() for latent in latents]
+        return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1).movedim(1, -1)
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -68,16 +82,11 @@ class VAE:
 
         Sides are cropped, centred, to a multiple of 8 pixels; channels behind the third are left out.
         """
-        height, width = (side // 8 * 8 for side in pictures.shape[1:3])
+        height, width = (side // VAE_SCALE_FACTOR * VAE_SCALE_FACTOR for side in pictures.shape[1:3])
         top, left = (pictures.shape[1] - height) // 2, (pictures.shape[2] - width) // 2
-        pictures = pictures[:, top : top + height, left : left + width, :3].movedim(-1, 1)
-        latents = [self._encode_one(picture) for picture in pictures]
-        return torch.stack(latents)
-
-    def _encode_one(self, picture: torch.Tensor) -> torch.Tensor:
-        network = self.autoencoder
-        distribution = network.encode(picture[None].to(network.device, torch.float32) * 2 - 1).latent_dist
-        return distribution.mode()[0].cpu()  # (4, h, w)
+        pictures = pictures[:, top : top + height, left : left + width, :3].movedim(-1, 1) * 2 - 1
+        pictures = pictures.to(self.autoencoder.device, torch.float32)
+        return torch.cat([self._network.encode(picture[None]).cpu() for picture in pictures])
 
 
 def load_vae(path: str | Path, *, device: torch.device | str = "cpu") -> VAE:

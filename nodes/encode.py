@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..kolors.prompts import PromptEmbeds, choose_alternatives, encode_prompts, parse_prompt
 from .host import get_host
 from .models import ChatGLM3Model
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..kolors.prompts import PromptEmbeds
 
 
 class KolorsTextEncode:
@@ -49,6 +51,8 @@ class KolorsTextEncode:
         num_images_per_prompt: int,
         wildcard_seed: int = 0,
     ) -> tuple[dict[str, torch.Tensor]]:
+        from ..kolors.prompts import choose_alternatives, encode_prompts, parse_prompt
+
         host, generator = get_host(), random.Random(wildcard_seed)
         prompts = parse_prompt(prompt, generator)
         negative_prompts = [choose_alternatives(negative_prompt, generator)] * len(prompts)
@@ -72,6 +76,8 @@ def from_socket(kolors_embeds: dict[str, torch.Tensor]) -> PromptEmbeds:
     Raises:
         ValueError: a tensor is missing, or the four do not belong together.
     """
+    from ..kolors.prompts import PromptEmbeds
+
     names = [field.name for field in fields(PromptEmbeds)]
     missing = [name for name in names if name not in kolors_embeds]
     if missing:

@@ -1,7 +1,7 @@
 """The only door to whatever runs the nodes: ComfyUI, or the headless runner.
 
 The libraries take plain arguments and need no host; the nodes ask for one here. ``comfy`` and ``folder_paths``
-are imported nowhere else, and only inside functions.
+are imported nowhere else, and only inside functions; so is torch, because the nodes load without it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import nn
-
-from ..kolors.vae import SDXL_VAE_CONFIG, load_vae
-
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from ..headless.host import HeadlessHost
 
 
@@ -69,9 +67,13 @@ class RunnerHost:
         self.resolve_file = services.resolve_file
 
     def get_device(self) -> torch.device:
+        import torch
+
         return torch.device(self._services.get_device())
 
     def get_intermediate_device(self) -> torch.device:
+        import torch
+
         return torch.device("cpu")
 
     @contextmanager
@@ -87,6 +89,8 @@ class RunnerHost:
         self._services.raise_if_interrupted()
 
     def load_vae(self, path: Path) -> Any:
+        from ..kolors.vae import load_vae
+
         return load_vae(path, device=self.get_device())
 
 
@@ -185,6 +189,8 @@ def load_comfy_vae(path: Path) -> Any:
     import comfy.model_patcher
     import comfy.sd
 
+    from ..kolors.vae import SDXL_VAE_CONFIG, PlainAutoencoder, load_vae
+
     autoencoder = load_vae(path).autoencoder
     if tuple(autoencoder.config.block_out_channels) == SDXL_VAE_CONFIG["block_out_channels"]:
         return comfy.sd.VAE(sd=dict(autoencoder.state_dict()))
@@ -193,30 +199,13 @@ def load_comfy_vae(path: Path) -> Any:
     params = {"ddconfig": sizes, "embed_dim": 4}
     stand_in = comfy.ldm.models.autoencoder.AutoencoderKL(**params).state_dict()
     vae = comfy.sd.VAE(sd=stand_in, config={"params": {"ddconfig": sizes, "embed_dim": 4}})
-    vae.first_stage_model = ComfyAutoencoder(autoencoder).to(vae.vae_dtype)
+    vae.first_stage_model = PlainAutoencoder(autoencoder).to(vae.vae_dtype)
     vae.patcher = comfy.model_patcher.ModelPatcher(
         vae.first_stage_model,
         load_device=vae.device,
         offload_device=comfy.model_management.vae_offload_device(),
     )
     return vae
-
-
-class ComfyAutoencoder(nn.Module):
-    """diffusers' autoencoder with the two methods that ComfyUI's VAE object calls.
-
-    Pictures are (B, 3, H, W) in [-1, 1], latents (B, 4, h, w) without the scaling factor.
-    """
-
-    def __init__(self, autoencoder: nn.Module):
-        super().__init__()
-        self.autoencoder = autoencoder
-
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.autoencoder.encode(pictures).latent_dist.mode()
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.autoencoder.decode(latents, return_dict=False)[0]
 
 
 def get_host() -> Host:

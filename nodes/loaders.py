@@ -6,10 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..kolors.precision import DTYPES, get_dtype
-from ..kolors.text_encoder import find_tokenizer, load_text_encoder
-from ..kolors.tokenizer import Tokenizer
-from ..kolors.unet import load_unet
+from ..kolors.precision import PRECISIONS, get_dtype
 from .host import Host, get_host
 from .models import DEMO, KOLORS, MODEL_CHOICES, ChatGLM3Model, KolorsModel, find_model, list_vae_folders
 
@@ -27,7 +24,7 @@ class DownloadAndLoadKolorsModel:
             "required": {
                 "model": (MODEL_CHOICES, {"default": KOLORS, "tooltip": "Kolors itself (5 GB, in models/diffusers/"
                           "Kolors), or the small model of coloured shapes that comes with this pack."}),
-                "precision": (list(DTYPES), {"default": "fp16", "tooltip": "Number format of the weights: fp16 and "
+                "precision": (list(PRECISIONS), {"default": "fp16", "tooltip": "Number format of the weights: fp16 and "
                               "bf16 take 5 GB, fp32 10 GB. What the device cannot compute is replaced, with a "
                               "line in the log."}),
             }
@@ -45,6 +42,8 @@ class DownloadAndLoadKolorsModel:
         return check_model(model, "unet")
 
     def loadmodel(self, model: str, precision: str) -> tuple[KolorsModel]:
+        from ..kolors.unet import load_unet
+
         host = get_host()
         folder = find_model(host, model, "unet")
         return (KolorsModel(load_unet(folder / "unet", dtype=get_dtype(precision, host.get_device()))),)
@@ -78,6 +77,8 @@ class DownloadAndLoadChatGLM3:
         return check_model(model, "text_encoder")
 
     def loadmodel(self, precision: str, model: str = KOLORS) -> tuple[ChatGLM3Model]:
+        from ..kolors.text_encoder import find_tokenizer
+
         host = get_host()
         folder = find_model(host, model, "text_encoder")
         return (load_chatglm3(host, folder / "text_encoder", find_tokenizer(folder), precision),)
@@ -112,6 +113,8 @@ class LoadChatGLM3:
         return True
 
     def loadmodel(self, chatglm3_checkpoint: str) -> tuple[ChatGLM3Model]:
+        from ..kolors.text_encoder import find_tokenizer
+
         host = get_host()
         path = resolve_checkpoint(host, chatglm3_checkpoint)
         beside = path.parent / "tokenizer.model"
@@ -157,6 +160,9 @@ def check_model(model: str, part: str) -> bool | str:
 
 def load_chatglm3(host: Host, path: Path, tokenizer_path: Path, precision: str) -> ChatGLM3Model:
     """Loads text encoder and tokenizer onto the CPU."""
+    from ..kolors.text_encoder import load_text_encoder
+    from ..kolors.tokenizer import Tokenizer
+
     if precision in QUANTISED:
         logger.warning("%s is not supported yet: loading the text encoder as fp16 (12 GB).", precision)
         precision = "fp16"

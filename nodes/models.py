@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..kolors.text_encoder import TextEncoder
-from ..kolors.tokenizer import Tokenizer
 from .host import Host
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
+
+    from ..kolors.text_encoder import TextEncoder
+    from ..kolors.tokenizer import Tokenizer
 
 KOLORS = "Kwai-Kolors/Kolors"
 DEMO = "kolors-shapes (demo)"

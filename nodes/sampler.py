@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..kolors.sampling import SamplingOptions, sample
+from ..kolors.options import SCALING_FACTOR, SamplingOptions
 from ..kolors.schedulers import SCHEDULERS
-from ..kolors.vae import SCALING_FACTOR
 from .encode import from_socket
 from .host import get_host
 from .models import KolorsModel
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULTS = SamplingOptions()
 
@@ -70,6 +70,8 @@ class KolorsSampler:
         denoise_strength: float = DEFAULTS.strength,
         noise_device: str = "gpu",
     ) -> tuple[dict[str, torch.Tensor]]:
+        from ..kolors.sampling import sample
+
         host = get_host()
         options = SamplingOptions(
             num_inference_steps=steps, guidance_scale=cfg, scheduler=scheduler, strength=denoise_strength,

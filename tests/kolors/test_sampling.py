@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kolors_nodes.kolors.sampling import SamplingOptions, sample
+from kolors_nodes.kolors.options import SamplingOptions
+from kolors_nodes.kolors.sampling import sample
 from kolors_nodes.kolors.schedulers import KOLORS_SCHEDULE, SCHEDULERS, build_scheduler
 
 # Both sides are float32 and add the same numbers in the same order but for batching: the differences are a few

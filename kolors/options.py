@@ -1,0 +1,58 @@
+"""How to sample, as checked values. Loads no torch: nodes read their widgets' defaults from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .schedulers import SCHEDULERS
+
+VAE_SCALE_FACTOR = 8  # pixels per latent cell, along each side
+SCALING_FACTOR = 0.13025  # latents of the UNet = latents of the VAE times this (SDXL's VAE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How to sample.
+
+    Attributes:
+        num_inference_steps: steps of the whole schedule, 1 to 1100.
+        guidance_scale: classifier-free guidance; at 1 and below there is none and the negatives are not used.
+        scheduler: a name of ``SCHEDULERS``.
+        strength: share of the schedule that is run, from its end; below 1 only on given latents.
+        height: picture height in pixels, a multiple of 8; not used where latents are given.
+        width: picture width, likewise.
+        seed: of the generator that draws all noise.
+
+    Raises:
+        ValueError: a value is out of range, or so few steps are left that nothing would be run.
+    """
+
+    num_inference_steps: int = 25
+    guidance_scale: float = 5.0
+    scheduler: str = "EulerDiscreteScheduler"
+    strength: float = 1.0
+    height: int = 1024
+    width: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_inference_steps <= 1100:
+            raise ValueError(f"num_inference_steps is {self.num_inference_steps}, expected 1 to 1100.")
+        if self.scheduler not in SCHEDULERS:
+            raise ValueError(f"No scheduler is called {self.scheduler!r}. Choose one of: {', '.join(SCHEDULERS)}.")
+        if not 0.0 <= self.strength <= 1.0:
+            raise ValueError(f"The denoise strength is {self.strength}, expected 0 to 1.")
+        if self.num_steps_run == 0:
+            raise ValueError(
+                f"Nothing would be sampled: {self.num_inference_steps} steps at a denoise strength of "
+                f"{self.strength:g} leave int({self.num_inference_steps} x {self.strength:g}) = 0 steps. "
+                "Raise the steps or the strength."
+            )
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size < VAE_SCALE_FACTOR or size % VAE_SCALE_FACTOR:
+                raise ValueError(f"The {name} is {size} pixels, expected a multiple of {VAE_SCALE_FACTOR}.")
+
+    @property
+    def num_steps_run(self) -> int:
+        """Steps that are run: ``int(steps x strength)``, as diffusers and the existing packs count them."""
+        return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
