@@ -1,0 +1,90 @@
+"""Applying LoRAs: a patched UNet that shares everything unpatched with its base, which never changes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .adapters import Adapter
+from .formats import Lora, LoraError
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+
+@torch.no_grad()
+def apply_loras(unet: UNet2DConditionModel, loras: Sequence[tuple[Lora, float]]) -> UNet2DConditionModel:
+    """Gives a UNet with LoRAs merged into its weights, so that they cost nothing in a step.
+
+    Each changed weight is computed once, in float32, from the base weight and all its changes, and rounded once to
+    the base's dtype.
+
+    Args:
+        unet: the base; not changed. On whichever device it is, the merge is computed.
+        loras: each with its strength; alpha / rank is multiplied in.
+
+    Returns:
+        A new module. What no LoRA changes is the base's own Parameter object. The base itself where nothing would
+        change: no LoRAs, or strengths of 0.
+
+    Raises:
+        LoraError: a LoRA is for a UNet of another structure, a strength is no number, or a weight is quantised.
+    """
+    changes: dict[str, list[tuple[Adapter, float]]] = defaultdict(list)
+    for lora, strength in loras:
+        if not math.isfinite(strength):
+            raise LoraError(f"The strength of a LoRA is {strength}, expected a finite number.")
+        for name, adapter in lora.adapters.items() if strength else ():
+            changes[name].append((adapter, strength))
+    if not changes:
+        return unet
+    bases = dict(unet.named_parameters())
+    for name, adapters in changes.items():
+        check_parameter(name, bases.get(name), adapters)
+    patched = share_parameters(unet)
+    for name, adapters in changes.items():
+        module, _, attribute = name.rpartition(".")
+        merged = merge(bases[name], adapters)
+        setattr(patched.get_submodule(module), attribute, nn.Parameter(merged, requires_grad=False))
+    return patched
+
+
+def check_parameter(name: str, base: nn.Parameter | None, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Checks that a parameter can be changed by adapters.
+
+    Raises:
+        LoraError: it is missing, quantised or of another shape.
+    """
+    if base is None:
+        raise LoraError(f"This LoRA is for another model: it changes {name}, which this UNet lacks.")
+    if not base.is_floating_point():
+        raise LoraError(
+            f"{name} is quantised ({base.dtype}), and LoRAs cannot be merged into it. Load the UNet as fp16, bf16 or "
+            "fp32."
+        )
+    for adapter, _ in adapters:
+        try:
+            adapter.check_shape(tuple(base.shape))
+        except ValueError as error:
+            raise LoraError(f"This LoRA is for another model: {name}: {error}.") from error
+
+
+def merge(base: torch.Tensor, adapters: Sequence[tuple[Adapter, float]]) -> torch.Tensor:
+    """Gives a weight with all its changes added in float32, in the dtype of the base."""
+    merged = base.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    for adapter, strength in adapters:
+        adapter.add_(merged, base.detach(), strength)
+    return merged.to(base.dtype)
+
+
+def share_parameters(module: nn.Module) -> nn.Module:
+    """Copies a module's structure; every Parameter and buffer in the copy is the original's object."""
+    shared = {id(tensor): tensor for tensor in itertools.chain(module.parameters(), module.buffers())}
+    return copy.deepcopy(module, shared)
