@@ -21,7 +21,7 @@ from .classifier import ClassifierOptions, load_classifier, save_classifier, tra
 from .evaluate import EvaluationOptions, choose_prompts, judge, load_demo_model
 from .text_encoder import TextEncoderOptions, save_text_encoder, train_text_encoder
 from .tokenizer import train_tokenizer
-from .unet import UNetOptions, build_scheduler, prepare_data, train_unet
+from .unet import UNetOptions, build_scheduler, fold_time_ids_, prepare_data, train_unet
 from .vae import VAEOptions, get_psnr, train_vae
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,9 @@ class Workplace:
 
 def save_half(module: AutoencoderKL | UNet2DConditionModel, folder: Path) -> None:
     """Writes a diffusers module in float16 under the file name that Kolors has."""
-    copy.deepcopy(module).half().save_pretrained(folder, variant="fp16")
+    module = copy.deepcopy(module)
+    module.register_to_config(_name_or_path=None)  # no machine's path in the file
+    module.half().save_pretrained(folder, variant="fp16")
 
 
 def make_tokenizer(place: Workplace) -> Path:
@@ -99,6 +101,8 @@ def make_unet(place: Workplace) -> None:
     logger.info("%d pictures and %d captions encoded", len(data.latents), len(data.rows))
 
     def on_checkpoint(unet: UNet2DConditionModel, step: int) -> None:
+        unet = copy.deepcopy(unet)
+        fold_time_ids_(unet)
         save_half(unet, place.folder / "unet")
         log_progress(place, step)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import product
 
@@ -100,11 +101,16 @@ SEEN = tuple(combination for combination in COMBINATIONS if not is_held_out(comb
 HELD_OUT = tuple(combination for combination in COMBINATIONS if is_held_out(combination))
 
 
+def fill_english(template: str, combination: Combination) -> str:
+    """Puts the words into an English template, with the right article."""
+    text = template.format(shape=combination.shape, colour=combination.colour, background=combination.background)
+    return re.sub(r"\ba(?= [aeiou])", "an", text)
+
+
 def get_captions(combination: Combination, language: str) -> list[str]:
     """Returns every standard phrasing of a combination in "en" or "zh"."""
     if language == "en":
-        return [template.format(shape=combination.shape, colour=combination.colour, background=combination.background)
-                for template in ENGLISH_TEMPLATES]
+        return [fill_english(template, combination) for template in ENGLISH_TEMPLATES]
     words = {"shape": CHINESE_SHAPES[combination.shape], "colour": CHINESE_COLOURS[combination.colour],
              "background": CHINESE_BACKGROUNDS[combination.background]}
     return [template.format(**words) for template in CHINESE_TEMPLATES]
@@ -113,8 +119,7 @@ def get_captions(combination: Combination, language: str) -> list[str]:
 def get_open_captions(combination: Combination, language: str) -> list[str]:
     """Returns the phrasings that name shape and colour and leave the background open."""
     if language == "en":
-        return [template.format(shape=combination.shape, colour=combination.colour)
-                for template in ENGLISH_OPEN_TEMPLATES]
+        return [fill_english(template, combination) for template in ENGLISH_OPEN_TEMPLATES]
     return [template.format(shape=CHINESE_SHAPES[combination.shape], colour=CHINESE_COLOURS[combination.colour])
             for template in CHINESE_OPEN_TEMPLATES]
 

@@ -116,6 +116,12 @@ def render(shape: str, colour: str, background: str, placement: Placement) -> np
     return paint(render_mask(shape, placement), COLOURS[colour], BACKGROUNDS[background])
 
 
+def draw_plain_picture(rng: np.random.Generator) -> np.ndarray:
+    """Draws a picture as the model is taught them, of any combination. (H, W, 3) float32 in [0, 255]."""
+    shape, colour, background = (str(rng.choice(list(names))) for names in (SHAPES, COLOURS, BACKGROUNDS))
+    return render(shape, colour, background, draw_placement(rng))
+
+
 def draw_wild_picture(rng: np.random.Generator) -> np.ndarray:
     """Draws a picture for the VAE: any shapes, any colours, any place. (H, W, 3) float32 in [0, 255].
 

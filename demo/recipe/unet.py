@@ -150,6 +150,21 @@ def get_time_ids(batch_size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
+def fold_time_ids_(unet: UNet2DConditionModel) -> None:
+    """Makes the UNet read any picture size as the one it was trained at, and that one exactly as before.
+
+    In training the micro-conditioning is constant, so its weights stay what chance made them, and another size
+    (a second pass on an upscaled latent) would push the embedding anywhere. The constant's contribution moves
+    into the bias and the weights become 0.
+    """
+    linear = unet.add_embedding.linear_1
+    embedded = unet.add_time_proj(get_time_ids(1).flatten()).flatten()  # (6 * ADDITION_TIME_EMBED_DIM,)
+    sizes = linear.weight[:, HIDDEN_SIZE:]  # the pooled vector comes first
+    linear.bias += sizes @ embedded.to(sizes.dtype)
+    sizes.zero_()
+
+
+@torch.no_grad()
 def encode_captions(encoder: TextEncoder, tokenizer: Tokenizer,
                     captions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Encodes captions in compact form: rows (K, S, D), mask (K, S), pooled (K, D).

@@ -95,6 +95,24 @@ def test_copy_path_returns_noise_at_the_start():
     assert (predicted - noise).square().mean() < 0.02
 
 
+def test_folded_time_ids():
+    torch.manual_seed(0)
+    unet = unet_recipe.build_unet()
+    inputs = (torch.randn(1, 4, 16, 16), 500, torch.randn(1, 5, unet_recipe.HIDDEN_SIZE))
+    pooled, native = torch.randn(1, unet_recipe.HIDDEN_SIZE), unet_recipe.get_time_ids(1)
+
+    def predict(time_ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return unet(*inputs, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}).sample
+
+    before, other = predict(native), predict(native * 2)
+    assert not torch.allclose(before, other, atol=1e-3)
+    unet_recipe.fold_time_ids_(unet)
+    # Equal but for float32 rounding of one sum.
+    torch.testing.assert_close(predict(native), before, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(predict(native * 2), before, atol=1e-5, rtol=1e-4)
+
+
 def test_folded_statistics():
     torch.manual_seed(0)
     vae = vae_recipe.build_vae().eval()
