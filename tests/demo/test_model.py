@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+
 from kolors_nodes.demo.recipe.captions import HELD_OUT, LANGUAGES, SEEN, get_captions
 from kolors_nodes.demo.recipe.classifier import load_classifier
 from kolors_nodes.demo.recipe.evaluate import (
@@ -17,7 +19,6 @@ from kolors_nodes.demo.recipe.evaluate import (
     load_demo_model,
 )
 from kolors_nodes.demo.recipe.unet import build_scheduler
-from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from kolors_nodes.demo.recipe import unet as unet_recipe
 from kolors_nodes.demo.recipe import vae as vae_recipe
 from kolors_nodes.demo.recipe.captions import (
