@@ -6,6 +6,7 @@ from __future__ import annotations
 if __package__:
     from .nodes.encode import KolorsTextEncode
     from .nodes.loaders import DownloadAndLoadChatGLM3, DownloadAndLoadKolorsModel, KolorsVAELoader, LoadChatGLM3
+    from .nodes.lora import KolorsApplyLora, KolorsLoraLoader, KolorsSaveLora, LoadKolorsLoRA
     from .nodes.sampler import KolorsSampler
 
     NODE_CLASS_MAPPINGS = {
@@ -15,6 +16,10 @@ if __package__:
         "KolorsVAELoader": KolorsVAELoader,
         "KolorsTextEncode": KolorsTextEncode,
         "KolorsSampler": KolorsSampler,
+        "LoadKolorsLoRA": LoadKolorsLoRA,
+        "KolorsLoraLoader": KolorsLoraLoader,
+        "KolorsApplyLora": KolorsApplyLora,
+        "KolorsSaveLora": KolorsSaveLora,
     }
     NODE_DISPLAY_NAME_MAPPINGS = {
         "DownloadAndLoadKolorsModel": "(Down)load Kolors Model",
@@ -23,5 +28,9 @@ if __package__:
         "KolorsVAELoader": "Load Kolors VAE",
         "KolorsTextEncode": "Kolors Text Encode",
         "KolorsSampler": "Kolors Sampler",
+        "LoadKolorsLoRA": "Load Kolors LoRA",
+        "KolorsLoraLoader": "Kolors LoRA Loader",
+        "KolorsApplyLora": "Kolors Apply LoRA",
+        "KolorsSaveLora": "Kolors Save LoRA",
     }
     __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

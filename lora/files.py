@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 
 from .formats import PEFT_METADATA, Lora, LoraError, parse_lora, to_tensors
-from .names import UNetNames
+from .names import DIFFSYNTH, DIFFUSERS, UNetNames
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin", ".pth", ".sft")
 # What torch's reader raises on bytes that are no checkpoint, or half of one.
 _UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
@@ -128,7 +127,7 @@ def save_lora(lora: Lora, path: str | Path, file_format: str, *, metadata: Mappi
     from safetensors.torch import save_file
 
     path = Path(path)
-    suffixes = (".safetensors", ".ckpt") if file_format == "diffsynth" else (".safetensors",)
+    suffixes = (".safetensors", ".ckpt") if file_format == DIFFSYNTH else (".safetensors",)
     if path.suffix not in suffixes:
         raise LoraError(f"{path} cannot be written as {file_format}: expected a name ending with {_join(suffixes)}.")
     tensors, header = to_tensors(lora, file_format)
@@ -144,7 +143,7 @@ def save_lora(lora: Lora, path: str | Path, file_format: str, *, metadata: Mappi
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    if file_format == "diffusers" and any(adapter.scale != 1 for adapter in lora.adapters.values()):
+    if file_format == DIFFUSERS and any(adapter.scale != 1 for adapter in lora.adapters.values()):
         logger.warning("%s says its alpha in the header, where diffusers reads it and ComfyUI does not. For ComfyUI's "
                        "own LoRA loader write it as kohya.", path)  # fmt: skip
     return path

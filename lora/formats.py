@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .adapters import Adapter, Difference, Hadamard, Kronecker, LowRank
-from .names import DIFFUSERS, ModuleNames, UNetNames
+from .names import DIFFSYNTH, DIFFUSERS, KOHYA_SGM, WRITABLE, ModuleNames, UNetNames
 
 logger = logging.getLogger(__name__)
 
@@ -363,7 +363,7 @@ def to_tensors(lora: Lora, file_format: str) -> tuple[dict[str, torch.Tensor], d
 
     Args:
         lora: what to write.
-        file_format: a name of ``WRITERS``.
+        file_format: a name of ``WRITABLE``.
 
     Returns:
         Key → contiguous tensor, and the header: the Lora's own, with rank and alpha.
@@ -371,14 +371,14 @@ def to_tensors(lora: Lora, file_format: str) -> tuple[dict[str, torch.Tensor], d
     Raises:
         LoraError: the format cannot hold one of its adapters; says which can.
     """
-    if file_format not in WRITERS:
-        raise LoraError(f"No format is called {file_format!r}. Choose one of: {', '.join(WRITERS)}.")
-    if file_format == "diffusers" and len({adapter.magnitude is None for adapter in lora.adapters.values()}) > 1:
+    if file_format not in WRITABLE:
+        raise LoraError(f"No format is called {file_format!r}. Choose one of: {', '.join(WRITABLE)}.")
+    if file_format == DIFFUSERS and len({adapter.magnitude is None for adapter in lora.adapters.values()}) > 1:
         raise LoraError("diffusers files cannot hold DoRA on some modules alone. Write it as kohya, which holds all.")
     tensors: dict[str, torch.Tensor] = {}
     for name, adapter in lora.adapters.items():
         module, _, parameter = name.rpartition(".")
-        written = WRITERS[file_format](lora.names.by_diffusers[module], parameter, adapter)
+        written = _WRITERS[file_format](lora.names.by_diffusers[module], parameter, adapter)
         if written is None:
             raise LoraError(
                 f"{file_format} files cannot hold {name}, which is {adapter.kind}. Write it as kohya, which holds all."
@@ -386,7 +386,7 @@ def to_tensors(lora: Lora, file_format: str) -> tuple[dict[str, torch.Tensor], d
         tensors |= written
     metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_METADATA}
     metadata |= _describe(lora)
-    if file_format == "diffusers" and set(lora.alphas) != {None}:
+    if file_format == DIFFUSERS and set(lora.alphas) != {None}:
         metadata[PEFT_METADATA] = json.dumps(_get_peft_config(lora), sort_keys=True)
     return {key: tensor.contiguous() for key, tensor in tensors.items()}, metadata
 
@@ -437,8 +437,8 @@ def _get_alpha(prefix: str, adapter: Adapter) -> dict[str, torch.Tensor]:
     return {} if adapter.alpha is None else {f"{prefix}.alpha": torch.tensor(adapter.alpha)}
 
 
-WRITERS: Mapping[str, Callable[[ModuleNames, str, Adapter], dict[str, torch.Tensor] | None]] = MappingProxyType(
-    {"diffusers": _to_diffusers, "kohya": _to_kohya, "diffsynth": _to_diffsynth}
+_WRITERS: Mapping[str, Callable[[ModuleNames, str, Adapter], dict[str, torch.Tensor] | None]] = MappingProxyType(
+    {DIFFUSERS: _to_diffusers, KOHYA_SGM: _to_kohya, DIFFSYNTH: _to_diffsynth}
 )
 
 

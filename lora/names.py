@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
-from ..kolors.unet import KOLORS_UNET_CONFIG, build_unet
-
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 DIFFUSERS, PEFT, KOHYA, KOHYA_SGM, COMFYUI, DIFFSYNTH = (
     "diffusers", "peft", "kohya (diffusers names)", "kohya", "comfyui", "diffsynth",
 )  # fmt: skip
+WRITABLE = (DIFFUSERS, KOHYA_SGM, DIFFSYNTH)  # formats that are written, not only read
 
 # Inside a ResNet block, diffusers' names and SGM's (the code that SDXL was published with).
 _SGM_RESNET = {
@@ -138,6 +137,8 @@ def get_unet_names(unet: UNet2DConditionModel) -> UNetNames:
 @lru_cache(maxsize=1)
 def get_kolors_names() -> UNetNames:
     """Gives the names in the full-size UNet of Kolors, without any weights."""
+    from ..kolors.unet import KOLORS_UNET_CONFIG, build_unet
+
     return get_unet_names(build_unet(KOLORS_UNET_CONFIG, device="meta"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,13 @@ if TYPE_CHECKING:
 
     from ..kolors.text_encoder import TextEncoder
     from ..kolors.tokenizer import Tokenizer
+    from ..lora.formats import Lora
 
 KOLORS = "Kwai-Kolors/Kolors"
 DEMO = "kolors-shapes (demo)"
 MODEL_CHOICES = [KOLORS, DEMO]
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "kolors-shapes"
+DEMO_LORAS = DEMO_FOLDER.with_name("loras")
 
 # Names under models/diffusers that people and other packs give the same model, the preferred one first.
 _FOLDER_NAMES = ("Kolors", "Kolors-diffusers", "Kwai-Kolors/Kolors", "Kwai-Kolors/Kolors-diffusers")
@@ -29,9 +32,21 @@ _DOWNLOADS = {  # part of the model: repository, files
 
 @dataclass(frozen=True)
 class KolorsModel:
-    """Socket KOLORSMODEL: a UNet, shared by everything that is connected and never changed."""
+    """Socket KOLORSMODEL: a UNet, shared by everything that is connected and never changed, and LoRAs on it."""
 
     unet: UNet2DConditionModel
+    loras: tuple[tuple[Lora, float], ...] = ()
+
+    def with_lora(self, lora: Lora, strength: float) -> KolorsModel:
+        """Gives a model with one more LoRA. At a strength of 0 it is this one."""
+        return KolorsModel(self.unet, (*self.loras, (lora, strength))) if strength else self
+
+    @cached_property
+    def patched_unet(self) -> UNet2DConditionModel:
+        """The UNet with the LoRAs merged in, computed when it is first used; without any the UNet itself."""
+        from ..lora.apply import apply_loras
+
+        return apply_loras(self.unet, self.loras)
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,10 @@ class KolorsSampler:
             height=height, width=width, seed=seed,
         )  # fmt: skip
         samples = None if latent is None else latent["samples"] * SCALING_FACTOR
-        with host.on_device(kolors_model.unet):
+        unet = kolors_model.patched_unet
+        with host.on_device(unet):
             latents = sample(
-                kolors_model.unet, from_socket(kolors_embeds), options, latents=samples,
+                unet, from_socket(kolors_embeds), options, latents=samples,
                 noise_device="cpu" if noise_device == "cpu" else None, on_step=host.report_step,
             )  # fmt: skip
         return ({"samples": (latents.float() / SCALING_FACTOR).to(host.get_intermediate_device())},)
