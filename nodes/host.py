@@ -95,10 +95,11 @@ class RunnerHost:
 
 
 class ComfyHost:
-    """ComfyUI as a host."""
+    """ComfyUI as a host, for the length of one node's run."""
 
     def __init__(self) -> None:
         self._progress_bar: Any = None
+        self._previewer: Any = None
 
     def get_folders(self, kind: str) -> list[Path]:
         import folder_paths
@@ -158,21 +159,22 @@ class ComfyHost:
 
         # ProgressBar checks for interruption too, but newer hosts skip updates that follow each other closely.
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if self._progress_bar is None or step <= 1:
+        if self._progress_bar is None:
             self._progress_bar = comfy.utils.ProgressBar(total)
-        self._progress_bar.update_absolute(step, total, self._get_preview(latents))
-
-    def _get_preview(self, latents: torch.Tensor | None) -> Any:
-        import comfy.latent_formats
-        import latent_preview
-
-        if latents is None:
-            return None
-        previewer = latent_preview.get_previewer(latents.device, comfy.latent_formats.SDXL())
-        return previewer.decode_latent_to_preview_image("JPEG", latents) if previewer else None
+            self._previewer = None if latents is None else build_previewer(latents.device)
+        preview = self._previewer.decode_latent_to_preview_image("JPEG", latents) if self._previewer else None
+        self._progress_bar.update_absolute(step, total, preview)
 
     def load_vae(self, path: Path) -> Any:
         return load_comfy_vae(path)
+
+
+def build_previewer(device: torch.device) -> Any:
+    """Makes what turns latents into previews, as chosen by ``--preview-method``; None for none."""
+    import comfy.latent_formats
+    import latent_preview
+
+    return latent_preview.get_previewer(device, comfy.latent_formats.SDXL())
 
 
 def load_comfy_vae(path: Path) -> Any:
@@ -198,7 +200,7 @@ def load_comfy_vae(path: Path) -> Any:
     sizes |= {"ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
     params = {"ddconfig": sizes, "embed_dim": 4}
     stand_in = comfy.ldm.models.autoencoder.AutoencoderKL(**params).state_dict()
-    vae = comfy.sd.VAE(sd=stand_in, config={"params": {"ddconfig": sizes, "embed_dim": 4}})
+    vae = comfy.sd.VAE(sd=stand_in, config={"params": params})
     vae.first_stage_model = PlainAutoencoder(autoencoder).to(vae.vae_dtype)
     vae.patcher = comfy.model_patcher.ModelPatcher(
         vae.first_stage_model,
@@ -210,9 +212,21 @@ def load_comfy_vae(path: Path) -> Any:
 
 def get_host() -> Host:
     """Gives the host of the running graph: a headless Runner if one runs it, else ComfyUI, else local folders."""
-    from ..headless.host import HeadlessHost, get_running_host
-
-    runner = get_running_host()
+    runner = find_runner()
     if runner is None and "folder_paths" in sys.modules:
         return ComfyHost()
+    from ..headless.host import HeadlessHost
+
     return RunnerHost(runner or HeadlessHost())
+
+
+def find_runner() -> HeadlessHost | None:
+    """Finds the headless host that runs now. One that runs has been imported, so ComfyUI never loads the runner.
+
+    The runner may be the installed ``kolors_nodes`` while these nodes were loaded from a folder, under its path.
+    """
+    for package in (__package__.rpartition(".")[0], "kolors_nodes"):
+        module = sys.modules.get(f"{package}.headless.host")
+        if module and (runner := module.get_running_host()):
+            return runner
+    return None

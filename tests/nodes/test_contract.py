@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,18 @@ def test_the_headless_host_is_what_nodes_get_without_comfyui():
 
     assert isinstance(get_host(), RunnerHost)
     assert get_host().get_folders("vae") == HeadlessHost().get_folders("vae")
+
+
+def test_nodes_loaded_from_a_folder_find_the_installed_runner(tmp_path):
+    """As with ``kolors run --nodes FOLDER``: the pack's own copy of the runner runs nothing, the installed one does."""
+    from kolors_nodes.headless.host import use_host
+    from kolors_nodes.headless.packs import load_pack
+
+    classes = load_pack(Path(kolors_nodes.__file__).parent)
+    host_module = sys.modules[classes["KolorsSampler"].__module__.rpartition(".")[0] + ".host"]
+    assert host_module.__name__ != "kolors_nodes.nodes.host"
+    with use_host(HeadlessHost(models_dir=tmp_path)):
+        assert host_module.get_host().get_folders("vae") == [tmp_path / "vae"]
 
 
 if __name__ == "__main__":
