@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TextIO
 from .conversion import to_prompt
 from .graph import Graph, NodeClasses, Prompt
 from .host import use_host
+from .lora_command import add_lora_commands
 from .messages import describe_result
 from .packs import PackError, load_pack
 from .runner import Runner, RunResult
@@ -42,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kolors", description="Kwai-Kolors from the command line.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
+    add_lora_commands(commands)
     return parser
 
 

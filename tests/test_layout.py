@@ -18,10 +18,13 @@ ROOMS = {
     "headless": set(),
 }
 # Doors, inside functions only: the nodes' host asks the running headless host, as it asks ComfyUI; the command
-# composes the pack with the runner; the stand-ins of ComfyUI's VAE nodes need a VAE.
+# composes the pack with the runner; the LoRA commands read and write files; the stand-ins of ComfyUI's VAE nodes
+# need a VAE.
 DOORS = {
     ("nodes/host.py", "headless"),
     ("headless/command.py", "nodes"),
+    ("headless/lora_command.py", "lora"),
+    ("headless/lora_command.py", "kolors"),
     ("headless/stand_ins.py", "kolors"),
 }
 HOST_MODULES = {"comfy", "folder_paths", "latent_preview", "server", "execution", "comfy_execution"}
