@@ -57,7 +57,7 @@ class KolorsTextEncode:
         prompts = parse_prompt(prompt, generator)
         negative_prompts = [choose_alternatives(negative_prompt, generator)] * len(prompts)
         text_encoder = chatglm3_model.text_encoder
-        with host.on_device(text_encoder):
+        with host.on_device(text_encoder, chatglm3_model):
             embeds = encode_prompts(
                 text_encoder, chatglm3_model.tokenizer, prompts, negative_prompts,
                 num_images_per_prompt=num_images_per_prompt,

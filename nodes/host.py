@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +44,13 @@ class Host(Protocol):
     def get_intermediate_device(self) -> torch.device:
         """Gives the device for what a node returns."""
 
-    def on_device(self, module: nn.Module) -> Any:
-        """Gives a context that holds a module on the computing device and moves it off afterwards."""
+    def on_device(self, module: nn.Module, owner: object) -> AbstractContextManager[None]:
+        """Gives a context in which a module is on the computing device.
+
+        Args:
+            module: the network that shall run.
+            owner: the object on the socket that it belongs to; the host may remember the module as long as it lives.
+        """
 
     def report_step(self, step: int, total: int, latents: torch.Tensor | None = None) -> None:
         """Shows that ``step`` of ``total`` steps are done. Raises the host's own exception on a wish to stop."""
@@ -77,7 +83,7 @@ class RunnerHost:
         return torch.device("cpu")
 
     @contextmanager
-    def on_device(self, module: nn.Module) -> Iterator[None]:
+    def on_device(self, module: nn.Module, owner: object) -> Iterator[None]:
         module.to(self.get_device())
         try:
             yield
@@ -141,17 +147,17 @@ class ComfyHost:
         return comfy.model_management.intermediate_device()
 
     @contextmanager
-    def on_device(self, module: nn.Module) -> Iterator[None]:
+    def on_device(self, module: nn.Module, owner: object) -> Iterator[None]:
         import comfy.model_management
 
-        device, offload_device = self.get_device(), comfy.model_management.unet_offload_device()
-        size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-        comfy.model_management.free_memory(size, device)
-        module.to(device)
-        try:
-            yield
-        finally:
-            module.to(offload_device)
+        patcher = _patchers.get(owner)
+        if patcher is None or patcher.model[0] is not module:
+            patcher = _patchers[owner] = build_patcher(module)
+        # The host makes room, and moves the module off again when something else needs the room. In full: it can
+        # stream only its own layer classes part by part.
+        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+        module.to(self.get_device())  # a model with a LoRA shares weights that may have left with its base
+        yield
 
     def report_step(self, step: int, total: int, latents: torch.Tensor | None = None) -> None:
         import comfy.model_management
@@ -167,6 +173,24 @@ class ComfyHost:
 
     def load_vae(self, path: Path) -> Any:
         return load_comfy_vae(path)
+
+
+# The host's handle on each model that a node has run, as long as the model lives. Models are told apart by identity.
+_patchers: WeakKeyDictionary[object, Any] = WeakKeyDictionary()
+
+
+def build_patcher(module: nn.Module) -> Any:
+    """Makes the handle by which ComfyUI counts, loads and evicts a module."""
+    import comfy.model_management
+    import comfy.model_patcher
+    from torch import nn
+
+    # Wrapped: the host writes the attribute ``device``, which diffusers' and our models only let read.
+    return comfy.model_patcher.ModelPatcher(
+        nn.Sequential(module),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
 
 
 def build_previewer(device: torch.device) -> Any:

@@ -30,7 +30,7 @@ _DOWNLOADS = {  # part of the model: repository, files
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KolorsModel:
     """Socket KOLORSMODEL: a UNet, shared by everything that is connected and never changed, and LoRAs on it."""
 
@@ -49,7 +49,7 @@ class KolorsModel:
         return apply_loras(self.unet, self.loras)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChatGLM3Model:
     """Socket CHATGLM3MODEL: a text encoder and its tokenizer."""
 

@@ -79,7 +79,7 @@ class KolorsSampler:
         )  # fmt: skip
         samples = None if latent is None else latent["samples"] * SCALING_FACTOR
         unet = kolors_model.patched_unet
-        with host.on_device(unet):
+        with host.on_device(unet, kolors_model):
             latents = sample(
                 unet, from_socket(kolors_embeds), options, latents=samples,
                 noise_device="cpu" if noise_device == "cpu" else None, on_step=host.report_step,
