@@ -287,4 +287,4 @@ def _multiply(
     a, b = a.to(device, torch.float32), b.to(device, torch.float32)
     if tucker is None:
         return a @ b
-    return torch.einsum("rskl,si,ro->oikl", tucker.to(device, torch.float32), b, a)
+    return torch.einsum("rskl,si,ro->oikl", tucker.to(device, torch.float32), b, a).contiguous()
