@@ -10,29 +10,46 @@ from __future__ import annotations
 import copy
 import random
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from .canvas import INPUT_END, MODE_BYPASSED, MODE_MUTED, Canvas, Library, Node, Slot
 from .graph import NodeClasses, Prompt
 from .stand_ins import with_stand_ins
-from .widgets import Widget, get_widgets, resolve_dynamic_prompt
+from .widgets import UNSET, Widget, resolve_dynamic_prompt
 from .workflow import WorkflowError, describe_non_workflow, is_api_prompt, is_ui_workflow
 
-MODE_MUTED = 2
-MODE_BYPASSED = 4
-VIRTUAL_TYPES = frozenset({"Note", "MarkdownNote", "PrimitiveNode", "Reroute"})
 # Nodes whose `filename_prefix` may name dates and other nodes' widgets.
 SAVING_TYPES = frozenset(
     "SaveImage SaveSVGNode SaveVideo SaveAnimatedWEBP SaveWEBM SaveAudio SaveAudioMP3 SaveAudioOpus SaveGLB "
     "SaveAnimatedPNG CLIPSave VAESave ModelSave LoraSave SaveLatent".split()
 )
-UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Where a link begins: an output of a node that runs."""
+
+    node_id: str
+    index: int
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """Where a link begins: the widget that a subgraph shows on its instance."""
+
+    value: Any
 
 
 def to_prompt(
-    workflow: Mapping[str, Any], nodes: NodeClasses, *, now: datetime | None = None, seed: int = 0
+    workflow: Mapping[str, Any],
+    nodes: NodeClasses,
+    *,
+    now: datetime | None = None,
+    seed: int = 0,
+    display_names: Mapping[str, str] | None = None,
 ) -> Prompt:
     """Converts a UI-format workflow into an API prompt.
 
@@ -41,80 +58,35 @@ def to_prompt(
         nodes: the node classes by name. Stand-ins for the core nodes are added where a name is missing.
         now: local time for ``%date:…%`` in file names, default the current time.
         seed: seed of the choices in ``dynamicPrompts`` texts, which the frontend draws afresh each time.
+        display_names: titles by class name, any ``NODE_DISPLAY_NAME_MAPPINGS``.
 
     Returns:
         ``{node id: {"class_type", "inputs", "_meta"}}``, nodes in the order in which they depend on each
-        other, muted, bypassed and virtual nodes resolved away.
+        other, muted, bypassed and virtual nodes, subgraphs and group nodes resolved away.
 
     Raises:
-        WorkflowError: the dictionary is no workflow, a link it uses is missing or circular, or it holds a
-            subgraph or group node that would have to run.
+        WorkflowError: the dictionary is no workflow, a link it uses is missing or circular, or the definition
+            of a group node is missing.
     """
     if not is_ui_workflow(workflow):
         if not is_api_prompt(workflow):
             raise WorkflowError(f"The workflow is {describe_non_workflow(workflow)}")
         return {str(node_id): copy.deepcopy(dict(node)) for node_id, node in workflow.items()}
-    editor = _Editor(workflow, with_stand_ins(nodes), now or datetime.now(), random.Random(seed))
-    return editor.to_prompt()
+    library = Library.of(workflow, with_stand_ins(nodes), display_names or {})
+    return _Converter(Canvas(workflow, library), now or datetime.now(), random.Random(seed)).to_prompt()
 
 
-@dataclass
-class _Slot:
-    """An input socket of a node in the editor."""
+class _Converter:
+    """What the graph editor does with its graph when the user queues it."""
 
-    name: str
-    type: Any
-    link: int | str | None = None
-
-
-@dataclass
-class _Node:
-    """A node as the editor holds it after loading: definition and saved values merged."""
-
-    id: str
-    type: str
-    title: str
-    mode: int
-    inputs: list[_Slot]
-    output_types: list[Any]
-    widgets: list[Widget]
-    properties: Mapping[str, Any]
-    saved: Mapping[str, Any] = field(repr=False)
-
-    @property
-    def is_virtual(self) -> bool:
-        return self.type in VIRTUAL_TYPES
-
-    @property
-    def is_emitted(self) -> bool:
-        return not self.is_virtual and self.mode not in (MODE_MUTED, MODE_BYPASSED)
-
-    @property
-    def label(self) -> str:
-        return f"{self.type} (node {self.id})"
-
-    def get_widget(self, name: str) -> Widget | None:
-        return next((widget for widget in self.widgets if widget.name == name), None)
-
-
-class _Editor:
-    """The part of ComfyUI's graph editor that decides what a saved workflow means."""
-
-    def __init__(self, workflow: Mapping[str, Any], classes: NodeClasses, now: datetime, rng: random.Random):
+    def __init__(self, canvas: Canvas, now: datetime, rng: random.Random):
+        self.canvas = canvas
         self.now = now
         self.rng = rng
-        self.links = _read_links(workflow)
-        self.subgraphs = {
-            str(subgraph.get("id")): str(subgraph.get("name", ""))
-            for subgraph in (workflow.get("definitions") or {}).get("subgraphs") or []
-        }
-        self.nodes = {
-            node.id: node for node in (self._load_node(saved, classes) for saved in workflow["nodes"])
-        }
 
     def to_prompt(self) -> Prompt:
-        self._apply_primitives()
-        prompt = {node.id: self._emit(node) for node in self._sort_nodes() if node.is_emitted}
+        self._push_values(self.canvas)
+        prompt = {node.id: self._emit(node) for node in _iterate_sorted(self.canvas)}
         for node in prompt.values():
             # A link to a muted node leaves the input without any value, not even the widget's.
             node["inputs"] = {
@@ -124,90 +96,44 @@ class _Editor:
             }
         return prompt
 
-    def _load_node(self, saved: Mapping[str, Any], classes: NodeClasses) -> _Node:
-        if not isinstance(saved, Mapping) or "id" not in saved or not isinstance(saved.get("type"), str):
-            raise WorkflowError(f"A node of the workflow has no `id` or no `type`: {str(saved)[:120]}.")
-        node_type = saved["type"]
-        node_class = classes.get(node_type)
-        node = _Node(
-            id=str(saved["id"]),
-            type=node_type,
-            title=saved.get("title") or getattr(node_class, "DISPLAY_NAME", node_type),
-            mode=saved.get("mode", 0),
-            inputs=[_Slot(s.get("name"), s.get("type"), s.get("link")) for s in saved.get("inputs") or []],
-            output_types=[slot.get("type") for slot in saved.get("outputs") or []],
-            widgets=[],
-            properties=saved.get("properties") or {},
-            saved=saved,
-        )
-        self._refuse_nested_graph(node)
-        if node_class is not None and not node.is_virtual:
-            _apply_definition(node, node_class)
-        return node
-
-    def _refuse_nested_graph(self, node: _Node) -> None:
-        if node.mode in (MODE_MUTED, MODE_BYPASSED):
-            return  # its inner nodes do not run
-        name = None
-        if node.type in self.subgraphs or UUID.fullmatch(node.type):
-            name = f"the subgraph {self.subgraphs.get(node.type) or node.title!r}"
-        elif node.type.startswith(("workflow>", "workflow/")):
-            name = f"the group node {node.type[len('workflow>'):]!r}"
-        if name:
-            raise WorkflowError(
-                f"Node {node.id} is {name}, which this runner cannot open yet. In ComfyUI, unpack it or use "
-                "Export (API), and run that file."
-            )
-
-    def _apply_primitives(self) -> None:
-        for primitive in self.nodes.values():
+    def _push_values(self, canvas: Canvas) -> None:
+        """Puts the values of primitives, and of widgets shown on instances, into the widgets that they stand for."""
+        for primitive in canvas.nodes.values():
             values = primitive.saved.get("widgets_values")
             if primitive.type != "PrimitiveNode" or not isinstance(values, list) or not values:
                 continue
             value = values[0]
             if value and primitive.properties.get("Run widget replace on values"):
                 value = self._replace_text(str(value))
-            for target in self.nodes.values():
+            for target in canvas.nodes.values():
                 for slot in target.inputs:
-                    link = self.links.get(slot.link)
-                    widget = target.get_widget(slot.name)
-                    if link and link[0] == primitive.id and widget:
+                    link = canvas.links.get(slot.link)
+                    widget = slot.promoted or target.get_widget(slot.name)
+                    if link and link[0] == primitive.local_id and widget:
                         widget.value = value
+        for instance in canvas.nodes.values():
+            if instance.inner:
+                for index, targets in instance.inner.list_input_targets().items():
+                    shown = instance.inputs[index].promoted if index < len(instance.inputs) else None
+                    for _, _, widget in targets:
+                        if shown and widget:
+                            widget.value = shown.value
+                self._push_values(instance.inner)
 
-    def _sort_nodes(self) -> list[_Node]:
-        """Dependencies first, otherwise in the file's order; nodes on a cycle come last."""
-        targets: dict[str, list[str]] = {node_id: [] for node_id in self.nodes}
-        waiting = dict.fromkeys(self.nodes, 0)
-        for node in self.nodes.values():
-            for slot in node.inputs:
-                link = self.links.get(slot.link)
-                if link and link[0] in targets:
-                    targets[link[0]].append(node.id)
-                    waiting[node.id] += 1
-        ready = [node_id for node_id, count in waiting.items() if count == 0]
-        for node_id in ready:  # grows while it is walked
-            for target in targets[node_id]:
-                waiting[target] -= 1
-                if waiting[target] == 0:
-                    ready.append(target)
-        on_cycle = [node_id for node_id, count in waiting.items() if count > 0]
-        return [self.nodes[node_id] for node_id in ready + on_cycle]
-
-    def _emit(self, node: _Node) -> dict[str, Any]:
+    def _emit(self, node: Node) -> dict[str, Any]:
         inputs: dict[str, Any] = {}
         for widget in node.widgets:
-            if not widget.is_input:
-                continue
-            value = self._serialize(node, widget)
-            # A bare list would be read as a link.
-            inputs[widget.name] = {"__value__": value} if isinstance(value, list) else value
+            if widget.is_input and widget.value is not UNSET:
+                inputs[widget.name] = _wrap_list(self._serialize(node, widget))
         for index, slot in enumerate(node.inputs):
             source = self._resolve_input(node, index)
-            if source:
-                inputs[slot.name] = [source[0], source[1]]
+            if isinstance(source, _Constant):
+                inputs[slot.name] = _wrap_list(source.value)
+            elif source:
+                inputs[slot.name] = [source.node_id, source.index]
         return {"inputs": inputs, "class_type": node.type, "_meta": {"title": node.title}}
 
-    def _serialize(self, node: _Node, widget: Widget) -> Any:
+    def _serialize(self, node: Node, widget: Widget) -> Any:
         if widget.name == "filename_prefix" and node.type in SAVING_TYPES and isinstance(widget.value, str):
             return self._replace_text(widget.value)
         if widget.is_dynamic_prompt and isinstance(widget.value, str):
@@ -215,40 +141,75 @@ class _Editor:
         return widget.value
 
     def _resolve_input(
-        self, node: _Node, index: int, type_: Any = None, visited: tuple[tuple[str, int], ...] = ()
-    ) -> tuple[str, int] | None:
-        """Follows a link back to the output of a node that runs, through reroutes and bypassed nodes."""
+        self, node: Node, index: int, type_: Any = None, visited: tuple[str, ...] = ()
+    ) -> _Output | _Constant | None:
+        """Follows a link back to what feeds it, through reroutes, bypassed nodes and the borders of subgraphs."""
         slot = node.inputs[index]
         if slot.link is None:
             return None
-        if (node.id, index) in visited:
-            path = " -> ".join(node_id for node_id, _ in visited)
+        here = f"{node.id}.{slot.name}"
+        if here in visited:
             raise WorkflowError(
-                f"{node.label}: the link of its input {slot.name!r} goes round in a circle ({path} -> {node.id}). "
-                "Remove one of these links."
+                f"{node.label}: the link of its input {slot.name!r} goes round in a circle "
+                f"({' -> '.join((*visited, here))}). Remove one of these links."
             )
-        if slot.link not in self.links:
+        canvas = node.graph
+        if slot.link not in canvas.links:
             raise WorkflowError(
                 f"{node.label}: its input {slot.name!r} uses link {slot.link}, which is missing from the file's "
                 "list of links. Connect it again in ComfyUI and save the workflow."
             )
-        origin_id, origin_slot = self.links[slot.link]
-        if origin_id not in self.nodes:
+        origin_id, origin_slot = canvas.links[slot.link]
+        visited = (*visited, here)
+        if origin_id == INPUT_END and canvas.owner:
+            return self._resolve_border(canvas.owner, origin_slot, visited)
+        if origin_id not in canvas.nodes:
             raise WorkflowError(
                 f"{node.label}: its input {slot.name!r} is linked to node {origin_id}, which is not in the file. "
                 "Connect it again in ComfyUI and save the workflow."
             )
-        origin = self.nodes[origin_id]
-        visited = (*visited, (node.id, index))
         type_ = slot.type if type_ is None else type_
+        return self._resolve_output(canvas.nodes[origin_id], origin_slot, type_, visited)
+
+    def _resolve_border(self, instance: Node, index: int, visited: tuple[str, ...]) -> _Output | _Constant | None:
+        """Follows a link out of a subgraph: to what is connected to its instance, else to the widget shown there."""
+        if index >= len(instance.inputs):
+            return None
+        slot = instance.inputs[index]
+        if slot.link is None:
+            return _Constant(slot.promoted.value) if slot.promoted else None
+        return self._resolve_input(instance, index, visited=visited)
+
+    def _resolve_output(
+        self, origin: Node, index: int, type_: Any, visited: tuple[str, ...]
+    ) -> _Output | _Constant | None:
         if origin.mode == MODE_BYPASSED:
-            match = _find_bypass_input(origin, origin_slot, type_)
+            match = _find_bypass_input(origin, index, type_)
             return None if match is None else self._resolve_input(origin, match, visited=visited)
+        if origin.inner and origin.mode != MODE_MUTED:
+            return self._resolve_inner(origin, index, type_, visited)
         if origin.is_virtual:
-            if origin_slot >= len(origin.inputs):
+            if index >= len(origin.inputs):
                 return None
-            return self._resolve_input(origin, origin_slot, type_, visited)
-        return origin.id, origin_slot
+            return self._resolve_input(origin, index, type_, visited)
+        return _Output(origin.id, index)
+
+    def _resolve_inner(
+        self, instance: Node, index: int, type_: Any, visited: tuple[str, ...]
+    ) -> _Output | _Constant | None:
+        """Follows a link into a subgraph, from an output of its instance."""
+        canvas = instance.inner
+        assert canvas is not None
+        if index >= len(canvas.output_ends) or canvas.output_ends[index] not in canvas.links:
+            return None
+        origin_id, origin_slot = canvas.links[canvas.output_ends[index]]
+        here = f"{instance.id}[{index}]"
+        if here in visited:
+            raise WorkflowError(f"{instance.label}: the link of its output {index} goes round in a circle. Remove it.")
+        if origin_id == INPUT_END:
+            return self._resolve_border(instance, origin_slot, (*visited, here))
+        origin = canvas.nodes.get(origin_id)
+        return self._resolve_output(origin, origin_slot, type_, (*visited, here)) if origin else None
 
     def _replace_text(self, text: str) -> str:
         """Replaces ``%date:FORMAT%`` and ``%Node.widget%``; anything else between percent signs stays."""
@@ -258,51 +219,54 @@ class _Editor:
         parts = match[1].split(".")
         if len(parts) != 2:
             return _format_date(parts[0][5:], self.now) if parts[0].startswith("date:") else match[0]
-        named = [node for node in self.nodes.values() if _get_replacement_name(node) == parts[0]]
-        named = named or [node for node in self.nodes.values() if node.title == parts[0]]
+        nodes = list(self.canvas.iterate_nodes())
+        named = [node for node in nodes if _get_replacement_name(node) == parts[0]]
+        named = named or [node for node in nodes if node.title == parts[0]]
         widget = named[0].get_widget(parts[1]) if named else None
         if widget is None:
             return match[0]
         return re.sub(r'[/?<>\\:*|"\x00-\x1f\x7f]', "_", _to_javascript_text(widget.value))
 
 
-def _read_links(workflow: Mapping[str, Any]) -> dict[Any, tuple[str, int]]:
-    """Returns link id -> (origin node id, origin output index), from either format of links."""
-    links = {}
-    for link in workflow.get("links") or []:
-        if isinstance(link, Mapping):
-            links[link.get("id")] = (str(link.get("origin_id")), int(link.get("origin_slot") or 0))
-        elif isinstance(link, list) and len(link) >= 5:
-            links[link[0]] = (str(link[1]), int(link[2] or 0))
-    return links
+def _wrap_list(value: Any) -> Any:
+    """A bare list would be read as a link."""
+    return {"__value__": value} if isinstance(value, list) else value
 
 
-def _apply_definition(node: _Node, node_class: type) -> None:
-    """Merges the class definition into a loaded node: sockets first, then the widgets' sockets, then extras."""
-    try:
-        input_types = node_class.INPUT_TYPES()
-    except Exception as error:  # a pack may raise anything here, most likely about a folder it lists
-        reason = f"{type(error).__name__}: {error}"
-        raise WorkflowError(f"{node.label}: its class cannot tell its inputs ({reason}).") from error
-    node.widgets = get_widgets(input_types, node.saved.get("widgets_values"))
-    widget_names = [widget.name for widget in node.widgets if widget.is_input]
-    declared = {**(input_types.get("required") or {}), **(input_types.get("optional") or {})}
-    types = {name: "COMBO" if isinstance(spec[0], list) else spec[0] for name, spec in declared.items()}
-    links = {slot.name: slot.link for slot in node.inputs}
-    order = [name for name in declared if name not in widget_names] + widget_names
-    extras = [slot for slot in node.inputs if slot.name not in types]
-    node.inputs = [_Slot(name, types[name], links.get(name)) for name in order] + extras
-    output_types = ["COMBO" if isinstance(kind, list) else kind for kind in node_class.RETURN_TYPES]
-    node.output_types = output_types + node.output_types[len(output_types):]
+def _iterate_sorted(canvas: Canvas) -> Iterator[Node]:
+    """Yields the nodes that run: dependencies first, otherwise in the file's order; nodes on a cycle come last."""
+    targets: dict[str, list[str]] = {node_id: [] for node_id in canvas.nodes}
+    waiting = dict.fromkeys(canvas.nodes, 0)
+    for node in canvas.nodes.values():
+        for slot in node.inputs:
+            link = canvas.links.get(slot.link)
+            if link and link[0] in targets:
+                targets[link[0]].append(node.local_id)
+                waiting[node.local_id] += 1
+    ready = [node_id for node_id, count in waiting.items() if count == 0]
+    for node_id in ready:  # grows while it is walked
+        for target in targets[node_id]:
+            waiting[target] -= 1
+            if waiting[target] == 0:
+                ready.append(target)
+    on_cycle = [node_id for node_id, count in waiting.items() if count > 0]
+    for node_id in ready + on_cycle:
+        node = canvas.nodes[node_id]
+        if not node.is_active:
+            continue
+        if node.inner:
+            yield from _iterate_sorted(node.inner)
+        elif not node.is_virtual:
+            yield node
 
 
-def _find_bypass_input(node: _Node, output_index: int, type_: Any) -> int | None:
+def _find_bypass_input(node: Node, output_index: int, type_: Any) -> int | None:
     """Returns the index of the input that a bypassed node passes on for an output wanted as `type_`."""
     if type_ in ("*", ""):
         return output_index if output_index < len(node.inputs) else (0 if node.inputs else None)
     output_type = node.output_types[output_index] if output_index < len(node.output_types) else "*"
 
-    def fits(slot: _Slot) -> bool:
+    def fits(slot: Slot) -> bool:
         return _is_compatible(slot.type, output_type) and _is_compatible(slot.type, type_)
 
     if output_index < len(node.inputs) and fits(node.inputs[output_index]):
@@ -319,7 +283,7 @@ def _is_compatible(left: Any, right: Any) -> bool:
     return not set(str(left).lower().split(",")).isdisjoint(str(right).lower().split(","))
 
 
-def _get_replacement_name(node: _Node) -> str | None:
+def _get_replacement_name(node: Node) -> str | None:
     default = None if node.type in SAVING_TYPES else node.type
     return node.properties.get("Node name for S&R", default)
 

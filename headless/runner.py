@@ -11,7 +11,7 @@ from typing import Any
 
 from .cache import Cache, CachedResult
 from .conversion import to_prompt
-from .execution import EventSink, Execution
+from .execution import EventSink, Execution, Timing
 from .graph import Graph, NodeClasses, Prompt
 from .host import HeadlessHost, use_host
 from .stand_ins import with_stand_ins
@@ -36,6 +36,8 @@ class RunResult:
             current_inputs``, of a refused one ``type, message, details, extra_info``.
         node_errors: ``{node id: {"errors", "dependent_outputs", "class_type"}}`` as ComfyUI's server gives
             them; also of a run that succeeded for only some of its outputs.
+        blocked: messages of execution blockers, by the first node that each kept from running.
+        timings: when each node was at work, in order.
         prompt: the API prompt that was run, constants cast to their types.
     """
 
@@ -46,6 +48,8 @@ class RunResult:
     cached: tuple[str, ...] = ()
     error: dict[str, Any] | None = None
     node_errors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    blocked: dict[str, str] = field(default_factory=dict)
+    timings: tuple[Timing, ...] = ()
     prompt: Prompt = field(default_factory=dict)
 
 
@@ -60,6 +64,9 @@ class Runner:
         input_dir: where LoadImage looks; default: that of the ComfyUI the pack sits in, else ``./input``.
         output_dir: where SaveImage writes; default: ``./output``. Previews go to its subfolder ``temp``.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; default: the best one available.
+        display_names: titles of nodes by class name, any ``NODE_DISPLAY_NAME_MAPPINGS``.
+        cache_limit: None keeps the results of the last run only, as ComfyUI does; a number of bytes keeps those
+            of earlier runs too, as long as all of them together stay below it.
         on_event: called with (name, data) for ``execution_start``, ``execution_cached``, ``executing``,
             ``progress``, ``executed``, ``execution_success``, ``execution_error`` and
             ``execution_interrupted``.
@@ -73,14 +80,17 @@ class Runner:
         input_dir: str | Path | None = None,
         output_dir: str | Path | None = None,
         device: str | None = None,
+        display_names: Mapping[str, str] | None = None,
+        cache_limit: int | None = None,
         on_event: EventSink | None = None,
     ):
         self.nodes = with_stand_ins(nodes)
+        self.display_names = dict(display_names or {})
         self.host = HeadlessHost(
             models_dir=models_dir, input_dir=input_dir, output_dir=output_dir, device=device
         )
         self.on_event = on_event
-        self._cache = Cache()
+        self._cache = Cache(cache_limit)
 
     def run(
         self,
@@ -101,7 +111,7 @@ class Runner:
                 workflow = workflow_or_prompt
                 if not isinstance(workflow, Mapping):
                     workflow = load_workflow(workflow)
-                prompt = to_prompt(workflow, self.nodes)
+                prompt = to_prompt(workflow, self.nodes, display_names=self.display_names)
             except WorkflowError as error:
                 details = {"type": "invalid_workflow", "message": str(error), "details": "", "extra_info": {}}
                 return RunResult(status="invalid", error=details)
@@ -138,27 +148,33 @@ class Runner:
         execution.run(validation.targets)
         if execution.error is None:
             emit("execution_success", {})
-        results = {node_id: result for node_id in prompt if (result := self._cache.get(node_id))}
+        shown = [*prompt, *graph.expanded]
+        outputs = {node_id: ui for node_id in shown if (ui := self._cache.get_ui(node_id)) is not None}
+        values = {
+            node_id: get_values(result, graph.get_class(node_id))
+            for node_id in wanted or []
+            if (result := self._cache.get(node_id))
+        }
+        self._cache.trim()
         return RunResult(
             status="success" if execution.error is None else "error",
-            outputs={node_id: result.ui for node_id, result in results.items() if result.ui is not None},
-            values={
-                node_id: get_values(results[node_id], graph.get_class(node_id))
-                for node_id in wanted or []
-                if node_id in results
-            },
+            outputs=outputs,
+            values=values,
             executed=tuple(execution.executed),
             cached=cached,
             error=execution.error,
             node_errors=validation.node_errors,
+            blocked=execution.blocked,
+            timings=tuple(execution.timings),
             prompt=prompt,
         )
 
 
 def get_values(result: CachedResult, node_class: type) -> tuple[Any, ...]:
     """Returns a node's outputs as its method returned them; lists where it ran several times."""
-    is_list = getattr(node_class, "OUTPUT_IS_LIST", ()) or (False,) * len(result.outputs)
+    outputs = result.outputs or []
+    is_list = getattr(node_class, "OUTPUT_IS_LIST", ()) or (False,) * len(outputs)
     return tuple(
         values if as_list or len(values) != 1 else values[0]
-        for values, as_list in zip(result.outputs, is_list, strict=False)
+        for values, as_list in zip(outputs, is_list, strict=False)
     )

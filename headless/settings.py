@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .graph import Graph, InputSpec
-from .widgets import get_widgets
+from .widgets import UNSET, get_widgets
 
 
 class SettingError(ValueError):
@@ -102,11 +102,12 @@ def apply_to_workflow(
         changes = {name: value for (node_id, name), value in applied.items() if node_id == str(node.get("id"))}
         if not changes or node.get("type") not in classes:
             continue
-        widgets = get_widgets(classes[node["type"]].INPUT_TYPES(), node.get("widgets_values"))
+        widgets = get_widgets(classes[node["type"]].INPUT_TYPES(), node.get("widgets_values"), node["type"])
         for widget in widgets:
             widget.value = changes.get(widget.name, widget.value)
         if isinstance(node.get("widgets_values"), Mapping):
             node["widgets_values"] = {**node["widgets_values"], **changes}
         else:
-            node["widgets_values"] = [widget.value for widget in widgets]
+            shown = [widget.value for widget in widgets if widget.is_saved]
+            node["widgets_values"] = [None if value is UNSET else value for value in shown]
     return workflow

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .calling import call_over_lists, get_call_inputs
-from .graph import Graph, InputSpec
+from .expansion import is_blocker
+from .graph import Graph, InputSpec, UnsupportedNodeError, check_class
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,10 @@ def _check_classes(graph: Graph) -> Error | None:
         if node["class_type"] not in graph.classes:
             message = f"Cannot execute because node {node['class_type']} does not exist."
             return _make_error("invalid_prompt", message, f"Node ID '#{node_id}'", {})
+        try:
+            check_class(node["class_type"], graph.classes[node["class_type"]])
+        except UnsupportedNodeError as error:
+            return _make_error("unsupported_node", str(error), f"Node ID '#{node_id}'", {})
     return None
 
 
@@ -259,7 +264,7 @@ class _Checker:
         errors = []
         for name in given:
             for answer in answers:
-                if answer is not True:
+                if answer is not True and not is_blocker(answer):
                     details = name if answer is False else f"{name} - {answer}"
                     message = "Custom validation failed for node"
                     errors.append(_make_error("custom_validation_failed", message, details, {"input_name": name}))

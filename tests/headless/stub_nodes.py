@@ -5,7 +5,13 @@ Calls are recorded in `CALLS` as (class name, arguments), so that a test can tel
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
+
+try:  # the same file serves ComfyUI as a pack, where only its own classes count
+    from comfy_execution.graph_utils import ExecutionBlocker, GraphBuilder
+except ImportError:
+    from kolors_nodes.headless import ExecutionBlocker, GraphBuilder
 
 CALLS: list[tuple[str, dict[str, Any]]] = []
 
@@ -307,18 +313,286 @@ class Async:
 
 
 class Expand:
-    """Returns a graph instead of values."""
+    """Adds `count` ones to a number by a chain of further nodes; with a faulty number, the last of them fails."""
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {}}
+        return {
+            "required": {"value": ("INT", {"forceInput": True}), "count": ("INT", {"default": 2, "min": 0})},
+            "optional": {"fault": (["none", "node", "double id", "unknown class", "show"],)},
+        }
+
+    RETURN_TYPES = ("INT", "STRING")
+    FUNCTION = "run"
+
+    def run(self, value, count, fault="none"):
+        CALLS.append(("Expand", {"value": value, "count": count}))
+        graph = GraphBuilder()
+        last = value
+        for _ in range(count):
+            last = graph.node("Add", a=last, b=1).out(0)
+        if fault == "node":
+            last = graph.node("Fail", value=last).out(0)
+        if fault == "unknown class":
+            last = graph.node("NeverHeardOf", value=last).out(0)
+        if fault == "show":
+            graph.node("Show", value=last)
+        expansion = graph.finalize()
+        if fault == "double id":
+            expansion = {"1": {"class_type": "Number", "inputs": {"value": 1}}}
+        return {"expand": expansion, "result": (last, "text")}
+
+
+class ExpandAgain:
+    """Expands into a graph whose node expands again, and shows the same graph twice for its list input."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("INT", {"forceInput": True}), "depth": ("INT", {"default": 2})}}
+
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+
+    def run(self, value, depth):
+        if depth <= 0:
+            return (value,)
+        graph = GraphBuilder()
+        node = graph.node("ExpandAgain", value=graph.node("Add", a=value, b=depth).out(0), depth=depth - 1)
+        return {"expand": graph.finalize(), "result": (node.out(0),)}
+
+
+class Block:
+    """Blocks what follows when the number is odd: silently, with a message, or both of its outputs."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "value": ("INT", {"forceInput": True}),
+                "how": (["silent", "message", "all", "result", "list"],),
+            }
+        }
+
+    RETURN_TYPES = ("INT", "INT")
+    FUNCTION = "run"
+
+    def run(self, value, how):
+        if value % 2 == 0:
+            return (value, value + 100)
+        blocker = ExecutionBlocker("odd numbers are not welcome" if how == "message" else None)
+        if how == "all":
+            return blocker
+        if how == "result":
+            return {"result": blocker}
+        return (blocker, value + 100)
+
+
+class BlockList:
+    """Blocks some items of a list."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"count": ("INT", {"default": 3, "min": 0}), "whole": ("BOOLEAN", {"default": False})}}
+
+    RETURN_TYPES = ("INT",)
+    OUTPUT_IS_LIST = (True,)
+    FUNCTION = "run"
+
+    def run(self, count, whole):
+        if whole:
+            return (ExecutionBlocker(None),)
+        return ([ExecutionBlocker(None) if index % 2 else index for index in range(count)],)
+
+
+class AsyncWait:
+    """Waits, notes when it began and ended, and gives its number back; it fails on a negative one."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("INT", {"default": 1}), "milliseconds": ("INT", {"default": 1})}}
+
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+
+    async def run(self, value, milliseconds):
+        CALLS.append(("AsyncWait begins", {"value": value}))
+        await asyncio.sleep(milliseconds / 1000)
+        if value < 0:
+            raise ValueError("a negative number")
+        CALLS.append(("AsyncWait ends", {"value": value}))
+        return (value,)
+
+
+class AsyncLazy:
+    """Asks for its lazy input, and checks its inputs and whether it changed, all in coroutines."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"a": ("INT", {"lazy": True, "forceInput": True}), "limit": ("INT", {"default": 5})}}
+
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+
+    @classmethod
+    async def VALIDATE_INPUTS(cls, limit):
+        await asyncio.sleep(0)
+        return True if limit < 10 else "the limit is too high"
+
+    @classmethod
+    async def IS_CHANGED(cls, limit, a):
+        await asyncio.sleep(0)
+        return limit
+
+    async def check_lazy_status(self, a, limit):
+        await asyncio.sleep(0)
+        return ["a"] if a is None else []
+
+    async def run(self, a, limit):
+        await asyncio.sleep(0)
+        return (min(a, limit),)
+
+
+class RawLink:
+    """Shows the link itself instead of what it leads to."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("INT", {"rawLink": True, "forceInput": True})}}
+
+    RETURN_TYPES = ()
+    FUNCTION = "run"
+    OUTPUT_NODE = True
+
+    def run(self, value):
+        return {"ui": {"text": [str(value)]}}
+
+
+class AllChecked:
+    """Checks all of its inputs by keywords, which exempts all of them from the checks of range and list."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"value": ("INT", {"default": 1, "max": 10}), "kind": (["x", "y"],)},
+            "optional": {"more": ("FLOAT", {"min": 0.0})},
+        }
 
     RETURN_TYPES = ("INT",)
     FUNCTION = "run"
     OUTPUT_NODE = True
 
-    def run(self):
-        return {"expand": {}, "result": (["1", 0],)}
+    @classmethod
+    def VALIDATE_INPUTS(cls, **inputs):
+        return {"z": False, "w": "w is not for this node"}.get(inputs.get("kind"), True)
+
+    def run(self, value, kind, more=0.0):
+        return {"ui": {"text": [f"{value} {kind} {more}"]}, "result": (value,)}
+
+
+class OnlyTypes:
+    """Takes numbers of either type, by looking at the types of its links."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("NUMBER", {"forceInput": True})}}
+
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        kind = input_types.get("value")
+        return True if kind in ("INT", "FLOAT") else f"a {kind} is no number"
+
+    def run(self, value):
+        return (int(value),)
+
+
+class NotIdempotent:
+    """Runs once for each of its ids."""
+
+    NOT_IDEMPOTENT = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("INT", {"default": 1})}}
+
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+
+    def run(self, value):
+        return (value,)
+
+
+class ShowOnly:
+    """Shows without giving anything, though it declares an output: what follows gets None."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("INT", {"forceInput": True})}}
+
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+    OUTPUT_NODE = True
+
+    def run(self, value):
+        return {"ui": {"text": [str(value)]}}
+
+
+class TwoModels:
+    """Two sockets and two outputs of one type, and a text that may pass through."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "note": ("STRING", {"default": "merged", "multiline": True}),
+                "first": ("MODEL",),
+                "second": ("MODEL",),
+                "ratio": ("FLOAT", {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.01}),
+            }
+        }
+
+    RETURN_TYPES = ("MODEL", "MODEL", "STRING")
+    FUNCTION = "merge"
+
+    def merge(self, note, first, second, ratio):
+        return (first, second, note)
+
+
+class Widgets:
+    """One widget of every kind that the editor knows."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "optional": {
+                "late": ("INT", {"default": 5, "min": 0, "max": 9}),
+                "noise_seed": ("INT", {"default": 1, "control_after_generate": False}),
+            },
+            "required": {
+                "whole": ("INT", {"max": 10**6}),
+                "real": ("FLOAT", {"default": 0.25}),
+                "flag": ("BOOLEAN", {"label_on": "yes", "label_off": "no"}),
+                "line": ("STRING", {}),
+                "text": ("STRING", {"multiline": True, "default": "many\nlines"}),
+                "dynamic": ("STRING", {"dynamicPrompts": False, "default": "{kept}"}),
+                "combo": ("COMBO", {"options": ["one", "two"], "control_after_generate": True}),
+                "several": ("COMBO", {"options": ["p", "q", "r"], "multi_select": {"placeholder": "some"}}),
+                "counted": ("INT", {"default": 3, "control_after_generate": "increment", "max": 99}),
+                "wide": ("FLOAT,INT", {"widgetType": "FLOAT", "default": 1.5}),
+                "numbers": ([1, 2, 3], {"default": 2}),
+                "empty": ([],),
+                "hidden_one": ("STRING", {"default": "unseen", "hidden": True, "advanced": True}),
+                "alone": ("STRING", {"default": "no socket", "socketless": True}),
+            },
+        }
+
+    RETURN_TYPES = ("STRING",)
+    FUNCTION = "run"
+
+    def run(self, **inputs):
+        return (str(inputs),)
 
 
 class Options:
@@ -346,6 +620,35 @@ class Options:
         return (str(inputs),)
 
 
+class LoadAudio:
+    """A name that the editor knows: it adds a player and an upload button."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"audio": (["a.wav", "b.wav"], {"audio_upload": True})}}
+
+    RETURN_TYPES = ("AUDIO",)
+    FUNCTION = "run"
+
+    def run(self, audio, **_):
+        return (audio,)
+
+
+class SaveAudio:
+    """The other side of it."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"audio": ("AUDIO",), "filename_prefix": ("STRING", {"default": "audio/ComfyUI"})}}
+
+    RETURN_TYPES = ()
+    FUNCTION = "run"
+    OUTPUT_NODE = True
+
+    def run(self, audio, filename_prefix):
+        return {"ui": {"text": [f"{filename_prefix} {audio}"]}}
+
+
 class Printer:
     """Prints, shows a progress and returns."""
 
@@ -369,6 +672,8 @@ NODE_CLASS_MAPPINGS = {
     kind.__name__: kind
     for kind in (
         Number, Add, Sampler, Model, Show, Spread, Gather, LazyChoice, Greedy, Fail, Changing, Hidden, Counter,
-        Checked, AnyType, Async, Expand, Options, Printer,
+        Checked, AnyType, Async, Expand, Options, Printer, ExpandAgain, Block, BlockList, AsyncWait, AsyncLazy,
+        RawLink, AllChecked, OnlyTypes, NotIdempotent, ShowOnly, TwoModels, Widgets, LoadAudio,
+        SaveAudio,
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -226,9 +227,138 @@ def test_asynchronous_nodes_are_waited_for(runner):
     assert runner.run(prompt, outputs=["1"]).values == {"1": (2,)}
 
 
-def test_expansion_is_refused_clearly(runner):
-    error = runner.run({"1": {"class_type": "Expand", "inputs": {}}}).error
-    assert "expand" in error["exception_message"]
+def expand(value, count=2, **more):
+    return {"class_type": "Expand", "inputs": {"value": value, "count": count, **more}}
+
+
+def test_a_node_may_expand_into_further_nodes(runner, calls):
+    prompt = {"1": number(3), "2": expand(["1", 0]), "3": show(["2", 0]), "4": show(["2", 1])}
+    result = runner.run(prompt)
+    assert (result.outputs, result.status) == ({"3": {"text": ["5"]}, "4": {"text": ["text"]}}, "success")
+    assert set(result.executed) == {"1", "2", "2.0.0.1", "2.0.0.2", "3", "4"}
+    calls.clear()
+    prompt["2"]["inputs"]["count"] = 3
+    result = runner.run(prompt)
+    assert result.outputs["3"] == {"text": ["6"]}
+    assert names(calls) == ["Expand", "Add", "Show", "Show"]  # of the three further nodes, two were still there
+    assert runner.run(prompt).executed == ()
+
+
+def test_expansion_goes_on_within_expansion(runner):
+    prompt = {"1": number(3), "2": {"class_type": "ExpandAgain", "inputs": {"value": ["1", 0], "depth": 3}}}
+    assert runner.run(prompt, outputs=["2"]).values == {"2": (3 + 3 + 2 + 1,)}
+
+
+def test_a_list_expands_once_per_item(runner):
+    prompt = {"1": {"class_type": "Spread", "inputs": {"count": 3}}, "2": expand(["1", 0], 1), "3": show(["2", 0])}
+    assert runner.run(prompt).outputs["3"] == {"text": ["1", "2", "3"]}
+
+
+def test_further_nodes_may_show_something(runner):
+    prompt = {"1": number(3), "2": expand(["1", 0], 1, fault="show"), "3": show(["2", 0])}
+    assert runner.run(prompt).outputs == {"3": {"text": ["4"]}, "2.0.0.2": {"text": ["4"]}}
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        ("node", "ValueError", ["broken"]),
+        ("double id", "DuplicateNodeError", ["node 1", "taken"]),
+        ("unknown class", "UnknownClassError", ["NeverHeardOf"]),
+    ],
+)
+def test_a_faulty_expansion_is_told_at_the_node_of_the_prompt(runner, fault, kind, words):
+    error = runner.run({"1": number(3), "2": expand(["1", 0], fault=fault), "3": show(["2", 0])}).error
+    assert (error["node_id"], error["node_type"]) == ("2", "Expand")
+    assert error["exception_type"].endswith(kind)
+    for word in words:
+        assert word in error["exception_message"]
+    assert error.get("expanded_node_type") == ("Fail" if fault == "node" else None)
+
+
+@pytest.mark.parametrize(("how", "runs"), [("silent", ["4"]), ("message", ["4"]), ("all", []), ("result", [])])
+def test_a_blocker_keeps_what_follows_from_running(runner, calls, how, runs):
+    prompt = {
+        "1": number(3),
+        "2": {"class_type": "Block", "inputs": {"value": ["1", 0], "how": how}},
+        "3": add(["2", 0]),
+        "4": show(["2", 1]),
+        "5": show(["3", 0]),
+    }
+    result = runner.run(prompt)
+    assert (result.status, list(result.outputs)) == ("success", runs)
+    assert result.blocked == ({"3": "odd numbers are not welcome"} if how == "message" else {})
+    assert "Add" not in names(calls)
+
+
+def test_blocked_items_of_a_list_stay_in_their_place(runner):
+    prompt = {"1": {"class_type": "BlockList", "inputs": {"count": 4, "whole": False}}, "2": show(["1", 0])}
+    assert runner.run(prompt).outputs == {"2": {"text": ["0", "2"]}}
+
+
+def test_coroutines_run_side_by_side(runner, calls):
+    def wait(value):
+        return {"class_type": "AsyncWait", "inputs": {"value": value, "milliseconds": 50}}
+
+    prompt = {"1": wait(1), "2": wait(2), "3": add(["1", 0], ["2", 0]), "4": show(["3", 0])}
+    result = runner.run(prompt)
+    assert result.outputs["4"] == {"text": ["3"]}
+    assert [name.split()[-1] for name, _ in calls[:4]] == ["begins", "begins", "ends", "ends"]
+    prompt["1"]["inputs"]["value"] = -1
+    result = runner.run(prompt)
+    assert (result.error["node_id"], result.error["exception_message"]) == ("1", "a negative number")
+
+
+def test_every_method_may_be_a_coroutine(runner):
+    prompt = {"1": number(9), "2": {"class_type": "AsyncLazy", "inputs": {"a": ["1", 0], "limit": 5}}}
+    assert runner.run(prompt, outputs=["2"]).values == {"2": (5,)}
+    prompt["2"]["inputs"]["limit"] = 11
+    result = runner.run(prompt, outputs=["2"])
+    assert result.node_errors["2"]["errors"][0]["details"] == "limit - the limit is too high"
+
+
+def test_an_interrupt_stops_waiting_for_a_coroutine(stubs):
+    def stop(name, data):
+        if name == "executing":
+            threading.Timer(0.1, runner.interrupt).start()
+
+    runner = Runner(stubs, on_event=stop)
+    prompt = {"1": {"class_type": "AsyncWait", "inputs": {"value": 1, "milliseconds": 60_000}}}
+    result = runner.run(prompt, outputs=["1"])
+    assert result.error["exception_type"].endswith("Interrupted")
+
+
+def test_a_graph_runs_inside_an_event_loop(runner):
+    async def main():
+        return runner.run({"1": {"class_type": "AsyncWait", "inputs": {"value": 4, "milliseconds": 1}}}, outputs=["1"])
+
+    assert asyncio.run(main()).values == {"1": (4,)}
+
+
+def test_a_class_of_the_v3_api_is_refused_clearly(stubs):
+    class V3:
+        @classmethod
+        def define_schema(cls):
+            raise AssertionError("never asked")
+
+    result = Runner({**stubs, "V3": V3}).run({"1": {"class_type": "V3", "inputs": {}}, "2": show(["1", 0])})
+    assert (result.status, result.error["type"]) == ("invalid", "unsupported_node")
+    assert "V3 API" in result.error["message"]
+
+
+def test_a_memory_limit_keeps_the_results_of_earlier_runs(stubs):
+    class Big(stubs["Number"]):
+        def get(self, value):
+            return (bytearray(100_000),)
+
+    runner = Runner({**stubs, "Number": Big}, cache_limit=250_000)
+    prompts = [{"1": number(value)} for value in range(3)]
+    for prompt in [prompts[0], prompts[1], prompts[0]]:
+        executed = runner.run(prompt, outputs=["1"]).executed
+    assert executed == ()
+    runner.run(prompts[2], outputs=["1"])
+    assert runner.run(prompts[0], outputs=["1"]).executed == ()  # the second was unused for longest
+    assert runner.run(prompts[1], outputs=["1"]).executed == ("1",)
 
 
 def test_a_node_that_returns_no_tuple_is_told(runner, stubs):

@@ -69,7 +69,7 @@ def test_widget_values_may_be_a_dictionary(stubs):
 
 
 def test_control_after_generate_follows_any_input_that_asks_for_it(stubs):
-    values = ["b.png", "y", "fixed", "filter", "image", "hello", "q", "some"]
+    values = ["b.png", "y", "fixed", "filter", "hello", "q", "some"]
     prompt = convert(stubs, [node(1, "Options", values, [("forced", "INT", None)])])
     assert prompt["1"]["inputs"] == {"image": "b.png", "mode": "y", "text": "hello", "choice": "q", "items": "some"}
 
@@ -83,9 +83,6 @@ def test_the_upload_button_of_load_image_takes_a_value(stubs):
 def test_files_from_before_frontend_1_16_hold_a_value_for_forced_sockets(stubs):
     prompt = convert(stubs, [node(1, "Add", [99, 5], [("a", "INT", None)])])
     assert prompt["1"]["inputs"] == {"b": 5}
-    values = ["b.png", 99, "y", "fixed", "filter", "image", "hello", "q", "some"]
-    inputs = convert(stubs, [node(1, "Options", values)])["1"]["inputs"]
-    assert (inputs["mode"], inputs["text"], inputs["items"]) == ("y", "hello", "some")
 
 
 def test_a_linked_widget_still_takes_its_place_and_the_link_wins(stubs):
@@ -101,7 +98,7 @@ def test_a_linked_widget_still_takes_its_place_and_the_link_wins(stubs):
 
 
 def test_list_values_are_wrapped_so_that_they_are_no_links(stubs):
-    prompt = convert(stubs, [node(1, "Options", ["a.png", "x", "fixed", "", "image", ["1", 0]])])
+    prompt = convert(stubs, [node(1, "Options", ["a.png", "x", "fixed", "", ["1", 0]])])
     assert prompt["1"]["inputs"]["text"] == {"__value__": ["1", 0]}
 
 
@@ -241,7 +238,7 @@ def test_file_names_may_name_dates_and_widgets(stubs, prefix, expected):
         node(1, "Number", [3], title="How many"),
         node(2, "Model", ["a/b", False]),
         node(3, "SaveImage", [prefix]),
-        node(4, "Options", ["a.png", "x", "fixed", "", "image", prefix]),
+        node(4, "Options", ["a.png", "x", "fixed", "", prefix]),
     ]
     prompt = convert(stubs, nodes)
     assert prompt["3"]["inputs"]["filename_prefix"] == expected
@@ -252,8 +249,8 @@ def test_dynamic_prompts_are_resolved_the_same_way_every_time(stubs):
     text = "a {red|green|{blue|cyan}} thing // note\n/* long\nnote */ \\{kept\\}"
     results = set()
     for seed in range(20):
-        one = convert(stubs, [node(1, "Options", ["a.png", "x", "fixed", "", "image", text])], seed=seed)
-        same = convert(stubs, [node(1, "Options", ["a.png", "x", "fixed", "", "image", text])], seed=seed)
+        one = convert(stubs, [node(1, "Options", ["a.png", "x", "fixed", "", text])], seed=seed)
+        same = convert(stubs, [node(1, "Options", ["a.png", "x", "fixed", "", text])], seed=seed)
         assert one == same
         results.add(one["1"]["inputs"]["text"])
     assert results == {f"a {colour} thing \n {{kept}}" for colour in ("red", "green", "blue", "cyan")}
@@ -275,11 +272,13 @@ def test_dynamic_prompts_are_resolved_the_same_way_every_time(stubs):
         ),
         ([node(2, "workflow>My group", [])], [], ["Node 2", "group node 'My group'"]),
         ([{"id": 3}], [], ["no `type`"]),
-        ([node(2, "ab0a0a8d-1a2b-4c3d-8e9f-001122334455")], [], ["Node 2", "subgraph 'Fine details'"]),
+        ([node(2, "bb0a0a8d-1a2b-4c3d-8e9f-001122334455", title="Fine")], [], ["Node 2", "subgraph 'Fine'"]),
+        ([node(2, "ab0a0a8d-1a2b-4c3d-8e9f-001122334455")], [], ["node 2:5", "'Fine details'", "contains itself"]),
     ],
 )
 def test_what_cannot_be_converted_is_told_with_its_node(stubs, nodes, links, words):
-    subgraph = {"id": "ab0a0a8d-1a2b-4c3d-8e9f-001122334455", "name": "Fine details"}
+    subgraph = {"id": "ab0a0a8d-1a2b-4c3d-8e9f-001122334455", "name": "Fine details", "links": []}
+    subgraph["nodes"] = [node(5, subgraph["id"], title="Fine details")]
     with pytest.raises(WorkflowError) as caught:
         to_prompt(workflow(nodes, links, definitions={"subgraphs": [subgraph]}), stubs)
     for word in words:
