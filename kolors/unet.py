@@ -47,25 +47,32 @@ def build_unet(
         return UNet2DConditionModel.from_config(dict(config)).eval()
 
 
-def load_unet(folder: str | Path, *, dtype: torch.dtype) -> UNet2DConditionModel:
-    """Loads the ``unet`` folder of a Kolors model, memory-mapped, onto the CPU.
+def load_unet(path: str | Path, *, dtype: torch.dtype) -> UNet2DConditionModel:
+    """Loads the ``unet`` folder of a Kolors model, or one file of it, memory-mapped, onto the CPU.
+
+    A file's config.json is looked for beside it; without one it is taken for full size.
 
     Raises:
-        CheckpointError: the folder is incomplete, a file is damaged, or it is another model's UNet.
+        CheckpointError: it is missing or incomplete, a file is damaged, or it is another model's UNet.
     """
-    folder = Path(folder)
-    config = read_json(folder / "config.json")
-    tensors = dict(iterate_tensors(find_weight_files(folder)))
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"UNet not found: {path}.")
+    folder, files = (path, find_weight_files(path)) if path.is_dir() else (path.parent, [path])
+    config: Mapping[str, Any] = KOLORS_UNET_CONFIG
+    if path.is_dir() or (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+    tensors = dict(iterate_tensors(files))
     if "encoder_hid_proj.weight" not in tensors or config.get("encoder_hid_dim_type") != "text_proj":
         kind = "an SDXL UNet" if "add_embedding.linear_1.weight" in tensors else "no UNet of Kolors"
         raise CheckpointError(
-            f"{folder} holds {kind}: it lacks encoder_hid_proj, Kolors' projection of the text. "
+            f"{path} holds {kind}: it lacks encoder_hid_proj, Kolors' projection of the text. "
             "Put the UNet of Kwai-Kolors/Kolors there."
         )
     if config.get("in_channels") != 4:
         raise CheckpointError(
-            f"{folder} is a UNet with {config.get('in_channels')} input channels, expected 4"
+            f"{path} is a UNet with {config.get('in_channels')} input channels, expected 4"
             f"{' (9 is the inpainting model)' if config.get('in_channels') == 9 else ''}."
         )
     unet = build_unet(config, device="meta")
-    return load_weights_(unet, tensors.items(), dtype=dtype, source=folder)
+    return load_weights_(unet, tensors.items(), dtype=dtype, source=path)

@@ -92,6 +92,8 @@ class VAE:
 def load_vae(path: str | Path, *, device: torch.device | str = "cpu") -> VAE:
     """Loads a VAE from a diffusers folder or from one file in the original (LDM) or in diffusers' naming.
 
+    A file is taken for SDXL's unless an autoencoder's config.json is beside it.
+
     Raises:
         CheckpointError: nothing there, a damaged file, or no VAE of SDXL's kind.
     """
@@ -101,6 +103,9 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu") -> VAE:
         tensors = dict(iterate_tensors(find_weight_files(path)))
     elif path.is_file():
         config, tensors = SDXL_VAE_CONFIG, dict(iterate_tensors([path]))
+        beside = path.with_name("config.json")
+        if beside.is_file() and read_json(beside).get("_class_name") == "AutoencoderKL":
+            config = read_json(beside)
     else:
         raise CheckpointError(f"VAE not found: {path}.")
     return VAE(_load_autoencoder(config, tensors, source=path), device)
