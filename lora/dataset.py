@@ -81,7 +81,8 @@ def read_dataset(folder: str | Path, options: DatasetOptions) -> Dataset:
     if not folder.is_dir():
         raise TrainingError(f"There is no dataset folder {folder}. Give a folder of pictures with captions.")
     faults: list[str] = []
-    listing = next((path for part in ("", "train") for name in _LISTS if (path := folder / part / name).is_file()), None)
+    candidates = [folder / part / name for part in ("", "train") for name in _LISTS]
+    listing = next((path for path in candidates if path.is_file()), None)
     found = list(_read_list(listing, faults) if listing else _find_pictures(folder))
     pictures = []
     for path, text, where in found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import struct
 import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
@@ -18,7 +19,8 @@ from .names import DIFFSYNTH, DIFFUSERS, UNetNames
 logger = logging.getLogger(__name__)
 
 # What torch's reader raises on bytes that are no checkpoint, or half of one.
-_UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+_UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+               struct.error)  # fmt: skip
 
 
 def load_lora(path: str | Path, names: UNetNames, *, ignore_unknown: bool = False) -> Lora:
@@ -92,7 +94,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
 
 def _read_torch(path: Path) -> dict[str, torch.Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # given a path, torch would go by its suffix
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise LoraError(
             f"{path} is refused: it holds more than tensors, or is damaged. Loading it in full could run foreign code. "

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .adapters import Adapter, Difference, Hadamard, Kronecker, LowRank
-from .names import DIFFSYNTH, DIFFUSERS, KOHYA_SGM, WRITABLE, ModuleNames, UNetNames
+from .names import DIFFSYNTH, DIFFUSERS, KOHYA, WRITABLE, ModuleNames, UNetNames
 
 logger = logging.getLogger(__name__)
 
@@ -438,7 +438,7 @@ def _get_alpha(prefix: str, adapter: Adapter) -> dict[str, torch.Tensor]:
 
 
 _WRITERS: Mapping[str, Callable[[ModuleNames, str, Adapter], dict[str, torch.Tensor] | None]] = MappingProxyType(
-    {DIFFUSERS: _to_diffusers, KOHYA_SGM: _to_kohya, DIFFSYNTH: _to_diffsynth}
+    {DIFFUSERS: _to_diffusers, KOHYA: _to_kohya, DIFFSYNTH: _to_diffsynth}
 )
 
 

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 DIFFUSERS, PEFT, KOHYA, KOHYA_SGM, COMFYUI, DIFFSYNTH = (
-    "diffusers", "peft", "kohya (diffusers names)", "kohya", "comfyui", "diffsynth",
+    "diffusers", "peft", "kohya", "kohya (SGM names)", "comfyui", "diffsynth",
 )  # fmt: skip
-WRITABLE = (DIFFUSERS, KOHYA_SGM, DIFFSYNTH)  # formats that are written, not only read
+WRITABLE = (DIFFUSERS, KOHYA, DIFFSYNTH)  # formats that are written, not only read
 
 # Inside a ResNet block, diffusers' names and SGM's (the code that SDXL was published with).
 _SGM_RESNET = {
@@ -62,8 +62,8 @@ class ModuleNames:
 
     @property
     def kohya(self) -> str:
-        """The name in files of kohya's trainer for SDXL, which all readers know."""
-        return f"lora_unet_{_flatten(self.sgm)}"
+        """The name in kohya's files, made from diffusers' name: diffusers' Kolors pipeline knows no SGM names."""
+        return f"lora_unet_{_flatten(self.diffusers)}"
 
     @property
     def processor(self) -> str:
@@ -74,9 +74,9 @@ class ModuleNames:
 
     def iterate_aliases(self) -> Iterator[tuple[str, str]]:
         """Yields every spelling in which files name the module, with the format it tells of."""
-        yield f"lora_unet_{_flatten(self.diffusers)}", KOHYA
+        yield self.kohya, KOHYA
         yield f"lycoris_{_flatten(self.diffusers)}", KOHYA
-        yield self.kohya, KOHYA_SGM
+        yield f"lora_unet_{_flatten(self.sgm)}", KOHYA_SGM
         yield f"diffusion_model.{self.sgm}", COMFYUI
         yield self.diffsynth, DIFFSYNTH
         spellings = [self.diffusers]

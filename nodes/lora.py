@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ..lora.names import KOHYA_SGM, WRITABLE, get_unet_names
+from ..lora.names import KOHYA, WRITABLE, get_unet_names
 from .host import Host, get_host
 from .models import DEMO, DEMO_LORAS, KolorsModel
 
@@ -146,7 +146,7 @@ class KolorsSaveLora:
                 "lora": ("KOLORS_LORA", {"tooltip": "The LoRA."}),
                 "name": ("STRING", {"default": "kolors_lora", "tooltip": "File name in models/loras, with sub-folders "
                          "if it has slashes. Where a file is there already, a number is appended."}),
-                "format": (list(WRITABLE), {"default": KOHYA_SGM, "tooltip": "kohya: read by ComfyUI, diffusers and "
+                "format": (list(WRITABLE), {"default": KOHYA, "tooltip": "kohya: read by ComfyUI, diffusers and "
                            "WebUIs. diffusers: by diffusers, and by ComfyUI but for its alpha. diffsynth: by "
                            "DiffSynth-Studio."}),
             }

@@ -98,7 +98,7 @@ def test_sgm_names_as_diffusers_converts_them(kolors):
         if len(module.shape) > 1 and module.diffusers.split(".")[0] in ("down_blocks", "mid_block", "up_blocks")
     ]
     for module in modules:
-        key = f"{module.kohya}.lora_down.weight"
+        key = f"lora_unet_{module.sgm.replace('.', '_')}.lora_down.weight"
         (renamed,) = _maybe_map_sgm_blocks_to_diffusers({key: None}, config)
         converted = _convert_unet_lora_key(renamed)
         for ending in (".lora.down.weight", "_lora.down.weight", ".lora_down.weight"):
