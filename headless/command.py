@@ -20,6 +20,7 @@ from .messages import describe_result
 from .packs import PackError, load_pack
 from .runner import Runner, RunResult
 from .settings import SettingError, apply_settings, apply_to_workflow
+from .train_command import add_train_command
 from .workflow import WorkflowError, is_ui_workflow, load_workflow
 
 DONE, FAILED, INVALID = 0, 1, 2
@@ -44,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
     add_lora_commands(commands)
+    add_train_command(commands)
     return parser
 
 

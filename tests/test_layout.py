@@ -25,6 +25,8 @@ DOORS = {
     ("headless/command.py", "nodes"),
     ("headless/lora_command.py", "lora"),
     ("headless/lora_command.py", "kolors"),
+    ("headless/train_command.py", "lora"),
+    ("headless/train_command.py", "kolors"),
     ("headless/stand_ins.py", "kolors"),
 }
 HOST_MODULES = {"comfy", "folder_paths", "latent_preview", "server", "execution", "comfy_execution"}
