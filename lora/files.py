@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
-import os
 import pickle
 import struct
-import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from .formats import PEFT_METADATA, Lora, LoraError, parse_lora, to_tensors
 from .names import DIFFSYNTH, DIFFUSERS, UNetNames
+from .storage import write_bytes, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -127,29 +127,27 @@ def save_lora(lora: Lora, path: str | Path, file_format: str, *, metadata: Mappi
     Raises:
         LoraError: the format cannot hold the LoRA, or the suffix is none of the format's.
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     suffixes = (".safetensors", ".ckpt") if file_format == DIFFSYNTH else (".safetensors",)
     if path.suffix not in suffixes:
         raise LoraError(f"{path} cannot be written as {file_format}: expected a name ending with {_join(suffixes)}.")
     tensors, header = to_tensors(lora, file_format)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
-    os.close(descriptor)
-    try:
-        if path.suffix == ".ckpt":
-            torch.save(tensors, temporary)
-        else:
-            save_file(tensors, temporary, metadata={**header, **(metadata or {}), "format": "pt"})
-        os.chmod(temporary, 0o644)  # mkstemp's files are for their maker alone
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    if path.suffix == ".ckpt":
+        buffer = io.BytesIO()
+        torch.save(tensors, buffer)
+        write_bytes(path, buffer.getvalue())
+    else:
+        write_tensors(path, tensors, {**header, **(metadata or {}), "format": "pt"})
     if file_format == DIFFUSERS and any(adapter.scale != 1 for adapter in lora.adapters.values()):
-        logger.warning("%s says its alpha in the header, where diffusers reads it and ComfyUI does not. For ComfyUI's "
-                       "own LoRA loader write it as kohya.", path)  # fmt: skip
+        _warn_of_alpha(path)
     return path
+
+
+@lru_cache(maxsize=8)
+def _warn_of_alpha(path: Path) -> None:
+    """Once for each file: training writes the same one again and again."""
+    logger.warning("%s says its alpha in the header, where diffusers reads it and ComfyUI does not. For ComfyUI's "
+                   "own LoRA loader write it as kohya.", path)  # fmt: skip
 
 
 def _join(words: tuple[str, ...]) -> str:
