@@ -149,12 +149,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, lora, monkeypatch):
     path = save_lora(lora, tmp_path / "lora.ckpt", "diffsynth")
     content = path.read_bytes()
 
-    def fill_disk(tensors, file):
-        with open(file, "wb") as opened:
-            opened.write(b"half")
+    def fill_disk(descriptor):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch, "save", fill_disk)
+    monkeypatch.setattr(os, "fsync", fill_disk)
     with pytest.raises(OSError, match="No space"):
         save_lora(lora.with_alpha(1.0), path, "diffsynth")
     assert path.read_bytes() == content
