@@ -6,10 +6,12 @@ are imported nowhere else, and only inside functions; so is torch, because the n
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..headless.host import HeadlessHost
+
+logger = logging.getLogger(__name__)
 
 
 class Host(Protocol):
@@ -45,7 +49,7 @@ class Host(Protocol):
         """Gives the device for what a node returns."""
 
     def on_device(self, module: nn.Module, owner: object) -> AbstractContextManager[None]:
-        """Gives a context in which a module is on the computing device.
+        """Gives a context in which a module is on the computing device. A wish to stop acts between its blocks.
 
         Args:
             module: the network that shall run.
@@ -86,7 +90,8 @@ class RunnerHost:
     def on_device(self, module: nn.Module, owner: object) -> Iterator[None]:
         module.to(self.get_device())
         try:
-            yield
+            with stop_between_blocks(module, self._services.raise_if_interrupted):
+                yield
         finally:
             module.to("cpu")
 
@@ -157,7 +162,8 @@ class ComfyHost:
         # stream only its own layer classes part by part.
         comfy.model_management.load_models_gpu([patcher], force_full_load=True)
         module.to(self.get_device())  # a model with a LoRA shares weights that may have left with its base
-        yield
+        with stop_between_blocks(module, comfy.model_management.throw_exception_if_processing_interrupted):
+            yield
 
     def report_step(self, step: int, total: int, latents: torch.Tensor | None = None) -> None:
         import comfy.model_management
@@ -179,15 +185,38 @@ class ComfyHost:
 _patchers: WeakKeyDictionary[object, Any] = WeakKeyDictionary()
 
 
+@contextmanager
+def stop_between_blocks(module: nn.Module, raise_if_interrupted: Callable[[], None]) -> Iterator[None]:
+    """Lets a forward pass end between two blocks: one of a large model on the CPU takes minutes.
+
+    Training is left to end after a step, with its checkpoint.
+    """
+    import torch
+
+    def stop(*_: Any) -> None:
+        if not torch.is_grad_enabled():
+            raise_if_interrupted()
+
+    blocks = [block for part in module.modules() if isinstance(part, torch.nn.ModuleList) for block in part]
+    hooks = [block.register_forward_pre_hook(stop) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def build_patcher(module: nn.Module) -> Any:
     """Makes the handle by which ComfyUI counts, loads and evicts a module."""
     import comfy.model_management
     import comfy.model_patcher
     from torch import nn
 
-    # Wrapped: the host writes the attribute ``device``, which diffusers' and our models only let read.
+    # Wrapped: the host writes the attribute ``device``, which diffusers' and our models only let read. The wrapper
+    # has the module's name, because the host's log says which class it loads.
+    wrapper = type(type(module).__name__, (nn.Sequential,), {})
     return comfy.model_patcher.ModelPatcher(
-        nn.Sequential(module),
+        wrapper(module),
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
@@ -238,10 +267,31 @@ def get_host() -> Host:
     """Gives the host of the running graph: a headless Runner if one runs it, else ComfyUI, else local folders."""
     runner = find_runner()
     if runner is None and "folder_paths" in sys.modules:
+        report_rivals()
         return ComfyHost()
     from ..headless.host import HeadlessHost
 
     return RunnerHost(runner or HeadlessHost())
+
+
+@cache
+def report_rivals() -> None:
+    """Logs once, when all packs have loaded, which other pack has nodes of the same ids, and whose are used."""
+    import nodes
+
+    from .. import NODE_CLASS_MAPPINGS as ours
+
+    for folder in nodes.LOADED_MODULE_DIRS.values():
+        pack = sys.modules.get(folder.replace(".", "_x_"))
+        theirs = getattr(pack, "NODE_CLASS_MAPPINGS", None) or {}
+        shared = sorted(name for name in ours if name in theirs and theirs[name] is not ours[name])
+        if shared:
+            is_ours = nodes.NODE_CLASS_MAPPINGS.get(shared[0]) is ours[shared[0]]
+            winner = "Kolors Nodes" if is_ours else os.path.basename(folder)
+            logger.warning(
+                "Kolors Nodes and %s both have the nodes %s; those of %s are used. Disable one of the packs: their "
+                "models do not fit each other's nodes.", os.path.basename(folder), ", ".join(shared), winner,
+            )  # fmt: skip
 
 
 def find_runner() -> HeadlessHost | None:
