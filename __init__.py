@@ -33,4 +33,5 @@ if __package__:
         "KolorsApplyLora": "Kolors Apply LoRA",
         "KolorsSaveLora": "Kolors Save LoRA",
     }
-    __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+    WEB_DIRECTORY = "./web"
+    __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

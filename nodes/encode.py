@@ -31,8 +31,9 @@ class KolorsTextEncode:
                                           "tooltip": "Pictures of each prompt, 1 to 128."}),
             },
             "optional": {
-                "wildcard_seed": ("INT", {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "tooltip": "Decides what "
-                                  "'{x|y}' picks, 0 to 2^64 - 1. The same seed picks the same."}),
+                "wildcard_seed": ("INT", {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "advanced": True,
+                                  "tooltip": "Decides what '{x|y}' picks, 0 to 2^64 - 1. The same seed picks the "
+                                             "same."}),
             },
         }  # fmt: skip
 
@@ -42,6 +43,7 @@ class KolorsTextEncode:
     FUNCTION = "encode"
     CATEGORY = "Kolors"
     DESCRIPTION = "Encodes prompts for Kolors: several at once with '|', one of several words with '{x|y}'."
+    SEARCH_ALIASES = ["kolors prompt", "clip text encode", "chatglm prompt", "wildcard", "可图"]
 
     def encode(
         self,

@@ -36,6 +36,7 @@ class DownloadAndLoadKolorsModel:
     FUNCTION = "loadmodel"
     CATEGORY = "Kolors"
     DESCRIPTION = "Loads the Kolors UNet, the network that draws."
+    SEARCH_ALIASES = ["kolors unet loader", "kwai kolors", "load diffusion model", "可图"]
 
     @classmethod
     def VALIDATE_INPUTS(cls, model: str) -> bool | str:
@@ -71,6 +72,7 @@ class DownloadAndLoadChatGLM3:
     FUNCTION = "loadmodel"
     CATEGORY = "Kolors"
     DESCRIPTION = "Loads ChatGLM3, which reads the prompts for Kolors."
+    SEARCH_ALIASES = ["kolors text encoder loader", "chatglm", "glm3", "clip loader", "可图"]
 
     @classmethod
     def VALIDATE_INPUTS(cls, model: str = KOLORS) -> bool | str:
@@ -103,6 +105,7 @@ class LoadChatGLM3:
     FUNCTION = "loadmodel"
     CATEGORY = "Kolors"
     DESCRIPTION = "Loads ChatGLM3, which reads the prompts for Kolors, from a single file."
+    SEARCH_ALIASES = ["chatglm3 single file", "kolors text encoder loader", "clip loader", "可图"]
 
     @classmethod
     def VALIDATE_INPUTS(cls, chatglm3_checkpoint: str) -> bool | str:
@@ -142,6 +145,7 @@ class KolorsVAELoader:
     FUNCTION = "load_vae"
     CATEGORY = "Kolors"
     DESCRIPTION = "Loads the VAE that turns latents into pictures and back. Reads the bundled model's too."
+    SEARCH_ALIASES = ["sdxl vae", "vae loader", "可图"]
 
     def load_vae(self, vae_name: str) -> tuple[Any]:
         host = get_host()

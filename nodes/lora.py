@@ -21,6 +21,7 @@ _STRENGTH = {
 }  # fmt: skip
 _IGNORE = {
     "default": False,
+    "advanced": True,
     "tooltip": "Use what fits and leave out the rest. Off: a file with tensors that fit nothing is an error.",
 }
 
@@ -48,6 +49,7 @@ class LoadKolorsLoRA:
     FUNCTION = "load_lora"
     CATEGORY = "Kolors/LoRA"
     DESCRIPTION = "Puts a LoRA on the model, scaled by lora_alpha / rank. Reads every format."
+    SEARCH_ALIASES = ["lora path", "lora alpha", "diffsynth lora", "可图"]
 
     @classmethod
     def VALIDATE_INPUTS(cls, lora_path: str | None) -> bool | str:
@@ -93,6 +95,7 @@ class KolorsLoraLoader:
     FUNCTION = "load_lora"
     CATEGORY = "Kolors/LoRA"
     DESCRIPTION = "Puts a LoRA on the model. Reads every format. Chain several for several LoRAs."
+    SEARCH_ALIASES = ["lora loader", "load lora", "model lora", "可图"]
 
     @classmethod
     def IS_CHANGED(
@@ -131,6 +134,7 @@ class KolorsApplyLora:
     FUNCTION = "apply_lora"
     CATEGORY = "Kolors/LoRA"
     DESCRIPTION = "Puts a LoRA from another node on the model, without a file."
+    SEARCH_ALIASES = ["apply trained lora", "lora model", "可图"]
 
     def apply_lora(self, kolors_model: KolorsModel, lora: Lora, strength_model: float) -> tuple[KolorsModel]:
         return (kolors_model.with_lora(lora, strength_model),)
@@ -158,6 +162,7 @@ class KolorsSaveLora:
     FUNCTION = "save_lora"
     CATEGORY = "Kolors/LoRA"
     DESCRIPTION = "Saves a LoRA into models/loras as safetensors, in a format that others read."
+    SEARCH_ALIASES = ["save lora", "export lora", "convert lora", "可图"]
     OUTPUT_NODE = True
 
     def save_lora(self, lora: Lora, name: str, format: str) -> dict[str, Any]:

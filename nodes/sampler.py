@@ -44,8 +44,9 @@ class KolorsSampler:
                 "denoise_strength": ("FLOAT", {"default": DEFAULTS.strength, "min": 0.0, "max": 1.0, "step": 0.01,
                                      "tooltip": "Share of the steps that is run on the latent, 0 to 1: the lower, the "
                                                 "closer to it. Below 1 a latent is needed."}),
-                "noise_device": (["gpu", "cpu"], {"default": "gpu", "tooltip": "Where noise is drawn: on the device "
-                                 "that samples, or on the CPU, where a seed gives the same on every machine."}),
+                "noise_device": (["gpu", "cpu"], {"default": "gpu", "advanced": True, "tooltip": "Where noise is "
+                                 "drawn: on the device that samples, or on the CPU, where a seed gives the same on "
+                                 "every machine."}),
             },
         }  # fmt: skip
 
@@ -55,6 +56,7 @@ class KolorsSampler:
     FUNCTION = "process"
     CATEGORY = "Kolors"
     DESCRIPTION = "Draws a picture for each prompt, from noise or starting from a latent."
+    SEARCH_ALIASES = ["ksampler", "kolors text to image", "kolors image to image", "img2img", "可图"]
 
     def process(
         self,
