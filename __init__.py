@@ -8,6 +8,7 @@ if __package__:
     from .nodes.loaders import DownloadAndLoadChatGLM3, DownloadAndLoadKolorsModel, KolorsVAELoader, LoadChatGLM3
     from .nodes.lora import KolorsApplyLora, KolorsLoraLoader, KolorsSaveLora, LoadKolorsLoRA
     from .nodes.sampler import KolorsSampler
+    from .nodes.training import KolorsLoraDataset, KolorsTrainLora, KolorsTrainOptions
 
     NODE_CLASS_MAPPINGS = {
         "DownloadAndLoadKolorsModel": DownloadAndLoadKolorsModel,
@@ -20,6 +21,9 @@ if __package__:
         "KolorsLoraLoader": KolorsLoraLoader,
         "KolorsApplyLora": KolorsApplyLora,
         "KolorsSaveLora": KolorsSaveLora,
+        "KolorsLoraDataset": KolorsLoraDataset,
+        "KolorsTrainOptions": KolorsTrainOptions,
+        "KolorsTrainLora": KolorsTrainLora,
     }
     NODE_DISPLAY_NAME_MAPPINGS = {
         "DownloadAndLoadKolorsModel": "(Down)load Kolors Model",
@@ -32,6 +36,9 @@ if __package__:
         "KolorsLoraLoader": "Kolors LoRA Loader",
         "KolorsApplyLora": "Kolors Apply LoRA",
         "KolorsSaveLora": "Kolors Save LoRA",
+        "KolorsLoraDataset": "Kolors LoRA Dataset",
+        "KolorsTrainOptions": "Kolors Train Options",
+        "KolorsTrainLora": "Kolors Train LoRA",
     }
     WEB_DIRECTORY = "./web"
     __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

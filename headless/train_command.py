@@ -143,6 +143,7 @@ def run_train(options: argparse.Namespace, out: TextIO) -> int:
 
 def train(options: argparse.Namespace, progress: Progress, out: TextIO) -> int:
     """Checks everything, encodes, trains, and prints the files."""
+    from ..lora.dataset import list_enlarged
     from ..lora.training import Watcher, check_place, get_place
     from ..lora.training import train as train_lora
 
@@ -150,7 +151,7 @@ def train(options: argparse.Namespace, progress: Progress, out: TextIO) -> int:
     place = get_place(Path(options.output_path), options.name)
     check_place(place)
     dataset = read_data(options)
-    for warning in dataset.warnings:
+    for warning in (*dataset.warnings, *list_enlarged(dataset)):
         print(f"warning: {warning}", file=sys.stderr)
     device = get_device(options.device)
     with in_turn(device):
@@ -163,7 +164,7 @@ def train(options: argparse.Namespace, progress: Progress, out: TextIO) -> int:
         )  # fmt: skip
         result = train_lora(
             unet, data, training, place=place, device=device, watcher=watcher,
-            resume="yes" if options.resume else "no", metadata={"base_model": Path(options.pretrained_unet_path).name},
+            resume="yes" if options.resume else "no",
         )  # fmt: skip
     if not is_main_process():
         return DONE

@@ -49,7 +49,7 @@ class Dataset:
     Attributes:
         pictures: sorted by path, those to learn first, then those of regularisation.
         options: how they become samples.
-        warnings: what is odd about them and stops nothing.
+        warnings: what is odd about the files and stops nothing.
     """
 
     pictures: tuple[Picture, ...]
@@ -99,7 +99,7 @@ def read_dataset(folder: str | Path, options: DatasetOptions) -> Dataset:
         more = f"\n- and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise TrainingError(f"The dataset {folder} cannot be used:{shown}{more}")
     pictures.sort(key=lambda picture: picture.path.relative_to(folder).as_posix())
-    return Dataset(pictures=tuple(pictures), options=options, warnings=tuple(_list_warnings(pictures, options)))
+    return Dataset(pictures=tuple(pictures), options=options, warnings=tuple(_list_duplicates(pictures)))
 
 
 def _find_pictures(folder: Path) -> Iterator[tuple[Path, str | None, str]]:
@@ -157,18 +157,24 @@ def _open_picture(path: Path, caption: str, faults: list[str]) -> Picture | None
     return Picture(path=path, caption=caption, width=size[0], height=size[1], digest=digest)
 
 
-def _list_warnings(pictures: list[Picture], options: DatasetOptions) -> Iterator[str]:
-    """Says what is odd: equal pictures, and pictures that have to be enlarged."""
+def _list_duplicates(pictures: list[Picture]) -> Iterator[str]:
     by_digest: dict[str, list[str]] = {}
     for picture in pictures:
         by_digest.setdefault(picture.digest, []).append(picture.path.name)
     for names in by_digest.values():
         if len(names) > 1:
             yield f"the same picture {len(names)} times: {', '.join(names[:5])}"
-    for picture in pictures:
-        factor = get_view_size(picture, options)[0] / picture.width
+
+
+def list_enlarged(dataset: Dataset) -> list[str]:
+    """Says which pictures are too small for the size they are trained at."""
+    found = []
+    for picture in dataset.pictures:
+        factor = get_view_size(picture, dataset.options)[0] / picture.width
         if factor > 1:
-            yield f"{picture.path.name} is {picture.width}x{picture.height} and gets enlarged {factor:.2f} times"
+            size = f"{picture.width}x{picture.height}"
+            found.append(f"{picture.path.name} is {size} and gets enlarged {factor:.2f} times")
+    return found
 
 
 def load_picture(path: Path) -> Image.Image:
@@ -300,11 +306,11 @@ def draw_contact_sheet(dataset: Dataset, side: int = 128, columns: int = 8) -> n
 def describe_dataset(dataset: Dataset) -> str:
     """Gives a report: how many pictures of which sizes, how many captions, and what is odd."""
     learned = [picture for picture in dataset.pictures if not picture.is_regularization]
-    sizes = Counter("{}x{}".format(*get_target_size(picture, dataset.options)) for picture in dataset.pictures)
-    captions = {picture.caption for picture in learned}
+    sizes = Counter(f"{picture.width}x{picture.height}" for picture in dataset.pictures)
+    more = f" and {len(sizes) - 8} other sizes" if len(sizes) > 8 else ""
     lines = [
-        f"{len(learned)} pictures to learn, {len(captions)} different captions",
+        f"{len(learned)} pictures to learn, {len({picture.caption for picture in learned})} different captions",
         f"{len(dataset.pictures) - len(learned)} pictures for regularisation",
-        "trained at " + ", ".join(f"{size} ({count})" for size, count in sizes.most_common()),
+        "sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8)) + more,
     ]
     return "\n".join([*lines, *(f"note: {warning}" for warning in dataset.warnings)])

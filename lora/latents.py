@@ -235,7 +235,7 @@ def draw_regularization(
         identity: of UNet and text encoder.
         on_progress: called with the phase, how many are done, and of how many.
     """
-    jobs = [(prompts[i % len(prompts)], options.seed + i) for i in range(count)]
+    jobs = [(prompts[i % len(prompts)], (options.seed + i) % 2**64) for i in range(count)]
     paths = [_get_path(cache, "prior", identity, str(unet.dtype), prompt, seed, options) for prompt, seed in jobs]
 
     def draw(part: slice) -> list[dict[str, torch.Tensor]]:

@@ -13,7 +13,7 @@ INITIALISATIONS = ("kaiming", "gaussian")
 PRECISIONS = {"16-mixed": "fp16", "bf16": "bf16", "32": "fp32"}
 BASE_PRECISIONS = ("fp16", "bf16", "fp32", "8bit", "4bit")
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**64 - 1
 
 
 class TrainingError(ValueError):

@@ -14,12 +14,14 @@ def draw_loss(losses: Sequence[float], smoothed: Sequence[float], first_step: in
     """Draws loss and smoothed loss over the steps, as a picture of 640 x 360 pixels.
 
     Args:
-        losses: one for each step, finite.
+        losses: one for each step, finite; none: an empty picture.
         smoothed: likewise.
         first_step: the number of the first.
     """
     image = Image.new("RGB", _SIZE, "white")
     draw = ImageDraw.Draw(image)
+    if not losses:
+        return image
     left, top = _MARGIN[:2]
     right, bottom = _SIZE[0] - _MARGIN[2], _SIZE[1] - _MARGIN[3]
     ordered = sorted(losses)

@@ -21,6 +21,7 @@ from torch import nn
 from ..kolors.options import SCALING_FACTOR, VAE_SCALE_FACTOR, SamplingOptions
 from ..kolors.sampling import sample
 from ..kolors.schedulers import build_scheduler
+from ..kolors.unet import KOLORS_UNET_CONFIG
 from .checkpoint import Checkpoint, check_settings, load_newest_checkpoint, remove_checkpoints, save_checkpoint
 from .files import save_lora
 from .formats import Lora
@@ -404,6 +405,7 @@ class _Run:
         self.smoothed: list[float] = []
         self.smoothed_loss = 0.0
         self.samples: torch.Tensor | None = None
+        self.in_inference_mode = False
         self.started = time.monotonic()
         self.first_step = 0
 
@@ -538,13 +540,14 @@ class _Run:
         for index, prompt in enumerate(self.options.sample_prompts):
             options = SamplingOptions(
                 num_inference_steps=self.options.sample_steps, guidance_scale=self.options.sample_guidance_scale,
-                height=height, width=width, seed=self.options.seed + index,
+                height=height, width=width, seed=(self.options.seed + index) % 2**64,
             )  # fmt: skip
             embeds = get_prompt_embeds(self.data.captions[prompt], self.data.captions[""])
             latents = sample(self.trainee, embeds, options, noise_device="cpu")
-            pictures.append(self.watcher.decode(latents.float() / SCALING_FACTOR).cpu())
+            with torch.inference_mode(self.in_inference_mode):  # a host moves its VAE in the mode that made it
+                pictures.append(self.watcher.decode(latents.float() / SCALING_FACTOR))
         self.trainee.train()
-        self.samples = torch.cat(pictures)
+        self.samples = torch.cat([picture.cpu() for picture in pictures])
         self._write_samples()
         if self.watcher.on_samples:
             self.watcher.on_samples(self.step, self.samples)
@@ -605,11 +608,15 @@ def train(
         TrainingError: before the first step, what is wrong with settings, folder or checkpoint; later, a loss that is
             not finite, or too little memory.
     """
+    in_inference_mode = torch.is_inference_mode_enabled()
     # ComfyUI runs nodes in inference mode, in which nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad():
         check_place(place)
-        header = {"base_model": "Kwai-Kolors/Kolors", "seed": str(options.seed), **(metadata or {})}
+        header = {"seed": str(options.seed), **(metadata or {})}
+        if unet.config.block_out_channels == KOLORS_UNET_CONFIG["block_out_channels"]:
+            header.setdefault("base_model", "Kwai-Kolors/Kolors")
         run = _Run(unet, data, options, place, watcher or Watcher(), torch.device(device), header)
+        run.in_inference_mode = in_inference_mode
         check_place(place, sum(parameter.numel() for parameter in run.parameters.values()))
         start = find_start(place, run.settings, options, resume)
         if run.accelerator.is_main_process:

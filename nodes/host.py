@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from torch import nn
 
     from ..headless.host import HeadlessHost
@@ -62,6 +63,18 @@ class Host(Protocol):
     def load_vae(self, path: Path) -> Any:
         """Loads a VAE that the host's VAEDecode and VAEEncode take."""
 
+    def get_input_folder(self) -> Path:
+        """Gives the folder of what users bring."""
+
+    def get_output_folder(self) -> Path:
+        """Gives the folder of what nodes write for users."""
+
+    def make_room(self, size: int) -> None:
+        """Frees ``size`` bytes on the computing device, for something that the host does not load itself."""
+
+    def report_work(self, done: int, total: int, text: str, picture: Image | None = None) -> None:
+        """Shows progress with a line of text and perhaps a picture. Raises the host's own exception as above."""
+
 
 class RunnerHost:
     """The headless runner as a host.
@@ -103,6 +116,20 @@ class RunnerHost:
         from ..kolors.vae import load_vae
 
         return load_vae(path, device=self.get_device())
+
+    def get_input_folder(self) -> Path:
+        return self._services.input_dir
+
+    def get_output_folder(self) -> Path:
+        return self._services.output_dir
+
+    def make_room(self, size: int) -> None:
+        """Nothing to do: a model is on the device only while its node runs."""
+
+    def report_work(self, done: int, total: int, text: str, picture: Image | None = None) -> None:
+        logger.info("%s", text)
+        self._services.report_progress(done, total, picture)
+        self._services.raise_if_interrupted()
 
 
 class ComfyHost:
@@ -180,6 +207,32 @@ class ComfyHost:
     def load_vae(self, path: Path) -> Any:
         return load_comfy_vae(path)
 
+    def get_input_folder(self) -> Path:
+        import folder_paths
+
+        return Path(folder_paths.get_input_directory())
+
+    def get_output_folder(self) -> Path:
+        import folder_paths
+
+        return Path(folder_paths.get_output_directory())
+
+    def make_room(self, size: int) -> None:
+        import comfy.model_management
+
+        comfy.model_management.free_memory(size, self.get_device())
+
+    def report_work(self, done: int, total: int, text: str, picture: Image | None = None) -> None:
+        import comfy.model_management
+        import comfy.utils
+
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if self._progress_bar is None:
+            self._progress_bar = comfy.utils.ProgressBar(total)
+        preview = None if picture is None else ("JPEG", picture, 512)
+        self._progress_bar.update_absolute(done, total, preview)
+        send_text(text)
+
 
 # The host's handle on each model that a node has run, as long as the model lives. Models are told apart by identity.
 _patchers: WeakKeyDictionary[object, Any] = WeakKeyDictionary()
@@ -220,6 +273,16 @@ def build_patcher(module: nn.Module) -> Any:
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
+
+
+def send_text(text: str) -> None:
+    """Shows a line on the running node, where a browser is connected."""
+    from comfy_execution.utils import get_executing_context
+    from server import PromptServer
+
+    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+    if context and server:
+        server.send_progress_text(text, context.node_id)
 
 
 def build_previewer(device: torch.device) -> Any:

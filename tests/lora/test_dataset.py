@@ -15,6 +15,7 @@ from kolors_nodes.lora.dataset import (
     get_target_size,
     get_time_ids,
     get_views,
+    list_enlarged,
     load_picture,
     read_dataset,
     render_view,
@@ -102,7 +103,7 @@ def test_odd_pictures_are_told_and_used(folder):
     report = describe_dataset(dataset)
     assert len(dataset.pictures) == 5
     assert "the same picture 2 times: 0.png, 3.png" in report
-    assert "4.png is 32x40 and gets enlarged 2.00 times" in report
+    assert list_enlarged(dataset) == ["4.png is 32x40 and gets enlarged 2.00 times"]
     assert draw_contact_sheet(dataset, side=32).shape == (32, 160, 3)
 
 
