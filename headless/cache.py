@@ -228,7 +228,7 @@ class Signatures:
         is_bound_to_id = getattr(node_class, "NOT_IDEMPOTENT", False) or "UNIQUE_ID" in hidden.values()
         inputs = tuple(
             (name, ("link", self._number_of[value[0]], value[1]) if is_link(value) else to_hashable(value))
-            for name, value in sorted(self.graph.get_inputs(node_id).items())
+            for name, value in sorted(self.graph.get_node(node_id).get("inputs", {}).items())
         )
         own_id = node_id if is_bound_to_id else None
         return (self.graph.get_class_type(node_id), self._get_changed(node_id), own_id, inputs)

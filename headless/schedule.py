@@ -23,6 +23,10 @@ class NodeInputError(Exception):
     """A node asks for an input that nothing is linked to."""
 
 
+class NodeNotFoundError(Exception):
+    """A link leads to a node that is not there."""
+
+
 class Schedule:
     """Which node runs next. A node waits for all it is linked to, lazy inputs only once it asks for them."""
 
@@ -36,13 +40,19 @@ class Schedule:
         self._ready: list[tuple[int, int, str]] | None = None
 
     def add(self, node_id: str) -> None:
-        """Schedules a node and everything it needs that has no result yet."""
+        """Schedules a node and everything it needs that has no result yet.
+
+        Raises:
+            NodeNotFoundError: one of them is not in the graph.
+        """
         nodes = [node_id]
         links = []
         while nodes:
             current = nodes.pop()
             if current in self.waits_for:
                 continue
+            if not self.graph.has_node(current):
+                raise NodeNotFoundError(f"A link leads to the node {current}, which is not there.")
             self.waits_for[current] = set()
             self.holds_up[current] = {}
             self._place[current] = len(self._place)

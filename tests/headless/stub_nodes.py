@@ -409,7 +409,7 @@ class AsyncWait:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"value": ("INT", {"default": 1}), "milliseconds": ("INT", {"default": 1})}}
+        return {"required": {"value": ("INT", {"default": 1}), "milliseconds": ("INT", {"default": 1, "max": 60_000})}}
 
     RETURN_TYPES = ("INT",)
     FUNCTION = "run"
@@ -623,6 +623,8 @@ class Options:
 class LoadAudio:
     """A name that the editor knows: it adds a player and an upload button."""
 
+    DISPLAY_NAME = "Load Audio"
+
     @classmethod
     def INPUT_TYPES(cls):
         return {"required": {"audio": (["a.wav", "b.wav"], {"audio_upload": True})}}
@@ -636,6 +638,8 @@ class LoadAudio:
 
 class SaveAudio:
     """The other side of it."""
+
+    DISPLAY_NAME = "Save Audio (FLAC)"
 
     @classmethod
     def INPUT_TYPES(cls):
