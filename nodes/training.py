@@ -69,7 +69,7 @@ class KolorsLoraDataset:
                            ".txt file beside each picture."}),
             },
             "optional": {
-                "regularization_folder": ("STRING", {"default": "", "tooltip": "A second folder, of what the model "
+                "regularization_folder": ("STRING", {"default": "", "advanced": True, "tooltip": "A second folder, of what the model "
                                           "shall not forget; mixed in. Empty for none."}),
                 "caption": ("STRING", {"default": PICTURES.caption, "tooltip": "For pictures that have none."}),
                 "center_crop": ("BOOLEAN", {"default": PICTURES.center_crop, "tooltip": "Crop the middle of each "
@@ -78,8 +78,8 @@ class KolorsLoraDataset:
                                 "Not for what has a left and a right, such as writing."}),
                 "buckets": ("BOOLEAN", {"default": PICTURES.buckets, "tooltip": "Keep aspect ratios: sizes of about "
                             "resolution x resolution pixels, from 1:2 to 2:1."}),
-                "crops": ("INT", {"default": PICTURES.crops, "min": 1, "max": 64, "tooltip": "Random places for each "
-                          "picture, 1 to 64. Each is encoded once."}),
+                "crops": ("INT", {"default": PICTURES.crops, "min": 1, "max": 64, "advanced": True, "tooltip": "Random "
+                          "places for each picture, 1 to 64. Each is encoded once."}),
             },
         }  # fmt: skip
 
@@ -89,6 +89,7 @@ class KolorsLoraDataset:
     FUNCTION = "read"
     CATEGORY = "Kolors/training"
     DESCRIPTION = "Reads and checks a folder of pictures with captions to train on."
+    SEARCH_ALIASES = ["training images", "load dataset", "captions", "image folder", "可图"]
 
     @classmethod
     def VALIDATE_INPUTS(cls, folder: str, regularization_folder: str = "") -> bool | str:
@@ -190,6 +191,7 @@ class KolorsTrainOptions:
     FUNCTION = "build"
     CATEGORY = "Kolors/training"
     DESCRIPTION = "Options of training that are changed less often."
+    SEARCH_ALIASES = ["training settings", "optimizer", "prodigy", "可图"]
 
     def build(
         self, optimizer: str, lr_schedule: str, lr_warmup_steps: int, weight_decay: float, max_grad_norm: float,
@@ -260,6 +262,7 @@ class KolorsTrainLora:
     FUNCTION = "train"
     CATEGORY = "Kolors/training"
     DESCRIPTION = "Trains a LoRA. Cancel leaves a run that goes on where it stopped when queued again."
+    SEARCH_ALIASES = ["lora training", "train kolors", "dreambooth", "fine-tune", "可图"]
 
     def train(
         self, kolors_model: KolorsModel, chatglm3_model: ChatGLM3Model, vae: Any, dataset: Dataset, name: str,
