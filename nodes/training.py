@@ -69,8 +69,8 @@ class KolorsLoraDataset:
                            ".txt file beside each picture."}),
             },
             "optional": {
-                "regularization_folder": ("STRING", {"default": "", "advanced": True, "tooltip": "A second folder, of what the model "
-                                          "shall not forget; mixed in. Empty for none."}),
+                "regularization_folder": ("STRING", {"default": "", "advanced": True, "tooltip": "A second folder, of "
+                                          "what the model shall not forget; mixed in. Empty for none."}),
                 "caption": ("STRING", {"default": PICTURES.caption, "tooltip": "For pictures that have none."}),
                 "center_crop": ("BOOLEAN", {"default": PICTURES.center_crop, "tooltip": "Crop the middle of each "
                                 "picture; off: random places."}),
