@@ -390,7 +390,7 @@ class Progress:
 
     def _write(self, line: str, *, is_last: bool) -> None:
         now = time.monotonic()
-        if is_last or now - self._last >= (0.2 if self._is_terminal else _SECONDS_BETWEEN_LINES):
+        if is_main_process() and (is_last or now - self._last >= (0.2 if self._is_terminal else _SECONDS_BETWEEN_LINES)):
             self._last = now
             end = "\r" if self._is_terminal and not is_last else "\n"
             print(f"{line:<72}" if self._is_terminal else line, end=end, file=self.stream, flush=True)
