@@ -14,6 +14,7 @@ from .conversion import to_prompt
 from .execution import EventSink, Execution, Timing
 from .graph import Graph, NodeClasses, Prompt
 from .host import HeadlessHost, use_host
+from .packs import explain_host_imports
 from .stand_ins import with_stand_ins
 from .validation import validate_prompt
 from .workflow import WorkflowError, is_ui_workflow, load_workflow
@@ -106,7 +107,7 @@ class Runner:
             extra_data: as sent to ComfyUI's server. Default for a UI workflow: the workflow itself under
                 ``extra_pnginfo``, so that saved pictures carry it.
         """
-        with use_host(self.host):
+        with use_host(self.host), explain_host_imports():
             try:
                 workflow = workflow_or_prompt
                 if not isinstance(workflow, Mapping):

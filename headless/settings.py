@@ -36,11 +36,43 @@ def apply_settings(graph: Graph, settings: Sequence[str]) -> dict[tuple[str, str
         node, dot, name = path.strip().rpartition(".")
         if not equals or not dot or not node or not name:
             raise SettingError(f"--set {setting}: expected NODE.INPUT=VALUE, for example --set 14.steps=20.")
-        node_id = find_node(graph, node, setting)
-        value = parse_value(text, _find_input(graph, node_id, name, setting))
+        node_id = find_node(graph, node, f"--set {setting}")
+        value = parse_value(text, _find_input(graph, node_id, name, f"--set {setting}"))
         graph.prompt[node_id].setdefault("inputs", {})[name] = value
         applied[node_id, name] = value
     return applied
+
+
+def set_inputs(graph: Graph, values: Mapping[str, Any]) -> None:
+    """Puts values into the graph's prompt, in place.
+
+    Args:
+        graph: the prompt and its classes.
+        values: by ``NODE.INPUT`` or ``NODE__INPUT``, where NODE is an id, or a title or class that only one node
+            has; or by ``INPUT``, where only one node has such an input.
+
+    Raises:
+        SettingError: a node or input that is unknown or not unique.
+    """
+    for key, value in values.items():
+        node, _, name = key.rpartition("." if "." in key else "__")
+        if node:
+            node_id = find_node(graph, node, key)
+        else:
+            node_id = _find_node_with_input(graph, key)
+        _find_input(graph, node_id, name, key)
+        graph.prompt[node_id].setdefault("inputs", {})[name] = value
+
+
+def _find_node_with_input(graph: Graph, name: str) -> str:
+    found = [
+        node_id for node_id, node in graph.prompt.items()
+        if node.get("class_type") in graph.classes and graph.get_input_spec(node_id, name)
+    ]  # fmt: skip
+    if len(found) != 1:
+        nodes = f"the nodes {', '.join(found)} have" if found else "no node has"
+        raise SettingError(f"{name}: {nodes} an input of this name. Name the node too: NODE__{name}.")
+    return found[0]
 
 
 def find_node(graph: Graph, name: str, setting: str) -> str:
@@ -54,15 +86,15 @@ def find_node(graph: Graph, name: str, setting: str) -> str:
         if len(found) == 1:
             return found[0]
         if found:
-            raise SettingError(f"--set {setting}: {name} names the nodes {', '.join(found)}. Use one of these ids.")
+            raise SettingError(f"{setting}: {name} names the nodes {', '.join(found)}. Use one of these ids.")
     there = ", ".join(f"{node_id} ({class_type})" for node_id, class_type in classes.items())
-    raise SettingError(f"--set {setting}: the workflow has no node {name}. It has: {there}.")
+    raise SettingError(f"{setting}: the workflow has no node {name}. It has: {there}.")
 
 
 def _find_input(graph: Graph, node_id: str, name: str, setting: str) -> InputSpec:
     class_type = graph.prompt[node_id].get("class_type")
     if class_type not in graph.classes:
-        raise SettingError(f"--set {setting}: node {node_id} is a {class_type}, which this runner does not know.")
+        raise SettingError(f"{setting}: node {node_id} is a {class_type}, which this runner does not know.")
     spec = graph.get_input_spec(node_id, name)
     if spec is not None and spec.category != "hidden":
         return spec
@@ -70,7 +102,7 @@ def _find_input(graph: Graph, node_id: str, name: str, setting: str) -> InputSpe
     names = [*(input_types.get("required") or {}), *(input_types.get("optional") or {})]
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise SettingError(f"--set {setting}: {class_type} has no input {name}.{hint} It has: {', '.join(names)}.")
+    raise SettingError(f"{setting}: {class_type} has no input {name}.{hint} It has: {', '.join(names)}.")
 
 
 def parse_value(text: str, spec: InputSpec) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import importlib
 import importlib.util
 import json
 import logging
@@ -122,8 +123,7 @@ def main() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import execution
-    import nodes
+    execution, nodes = (importlib.import_module(name) for name in ("execution", "nodes"))
 
     signal.signal(signal.SIGALRM, stop)
     logging.disable(logging.CRITICAL)

@@ -54,7 +54,8 @@ MAKERS: dict[str, dict[str, Any]] = {
 RARE = {"Fail": 0.3, "Greedy": 0.3, "Changing": 0.5, "Checked": 0.5, "AllChecked": 0.5}
 OUTPUT_TYPES = {"Gather": ["STRING"], "Expand": ["INT", "STRING"], "Spread": ["INT", "INT"], "Block": ["INT", "INT"]}
 FAULTS = [
-    None, "text", -5, 10**6, 200, 101, [], ["1"], ["99", 0], ["1", 9], [1, 0], ["1", 0, 0], {"__value__": 4}, {"a": 1}, "7", True,
+    None, "text", -5, 10**6, 200, 101, [], ["1"], ["99", 0], ["1", 9], [1, 0], ["1", 0, 0], {"__value__": 4}, {"a": 1},
+    "7", True,
 ]  # fmt: skip
 
 
