@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from array import array
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -171,6 +172,7 @@ class Signatures:
         self._changed: dict[str, Hashable] = {}
         self._number_of: dict[str, Hashable] = {}
         self._bit_of: dict[str, int] = {}
+        self._links: dict[str, list[str]] = {}
         # Sets of nodes as bits: the ancestors of each node, the nodes of each number, and where those are several.
         self._ancestors: dict[str, int] = {}
         self._same: dict[Hashable, int] = {}
@@ -183,10 +185,22 @@ class Signatures:
         ancestors = self._ancestors[node_id]
         if not any((ancestors & twins).bit_count() > 1 for twins in self._twins.values()):
             return number  # equal numbers mean equal wiring, when no two ancestors are equal
-        order = [node_id, *self.graph.get_ancestors(node_id)]
-        positions = {ancestor: index for index, ancestor in enumerate(order)}
-        wiring = tuple(tuple(positions[link] for link in self.graph.get_sorted_links(member)) for member in order)
-        return (number, wiring)
+        return (number, self._describe_sharing(node_id))
+
+    def _describe_sharing(self, node_id: str) -> bytes:
+        """Returns, for each link met on a walk through the ancestors, where the walk first met its origin, else -1."""
+        met: dict[str, int] = {}
+        found = array("l")
+        stack = [node_id]
+        while stack:
+            current = stack.pop()
+            if current in met:
+                found.append(met[current])
+            else:
+                met[current] = len(met)
+                found.append(-1)
+                stack += self._links[current]
+        return found.tobytes()
 
     def _number_all(self, node_id: str) -> None:
         """Numbers a node and all it depends on, these first; a node on a circle gets a number of its own."""
@@ -198,13 +212,14 @@ class Signatures:
                 continue
             if current not in self._bit_of:
                 self._bit_of[current] = len(self._bit_of)
-                stack += [link for link in self.graph.get_sorted_links(current) if link not in self._bit_of]
+                self._links[current] = self.graph.get_sorted_links(current)[::-1]
+                stack += [link for link in self._links[current] if link not in self._bit_of]
                 continue
             stack.pop()
             self._number(current)
 
     def _number(self, node_id: str) -> None:
-        links = self.graph.get_sorted_links(node_id)
+        links = self._links[node_id]
         mask = 0
         for link in links:
             mask |= self._ancestors.get(link, 0) | 1 << self._bit_of[link]
