@@ -389,8 +389,8 @@ class Progress:
         self._write(report.describe(), is_last=report.step == report.total)
 
     def _write(self, line: str, *, is_last: bool) -> None:
-        now = time.monotonic()
-        if is_main_process() and (is_last or now - self._last >= (0.2 if self._is_terminal else _SECONDS_BETWEEN_LINES)):
+        now, pause = time.monotonic(), 0.2 if self._is_terminal else _SECONDS_BETWEEN_LINES
+        if is_main_process() and (is_last or now - self._last >= pause):
             self._last = now
             end = "\r" if self._is_terminal and not is_last else "\n"
             print(f"{line:<72}" if self._is_terminal else line, end=end, file=self.stream, flush=True)
