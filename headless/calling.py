@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import inspect
 import threading
@@ -120,6 +119,8 @@ async def call_node(
     Returns:
         What it returned each time, and a task for each coroutine that has not come to its end at once.
     """
+    import asyncio  # here and below: it takes longer to import than the rest of the runner
+
     results = []
     for index, arguments in enumerate(split_calls(node, inputs)):
         before_call(index)
@@ -138,16 +139,22 @@ async def call_node(
 
 def is_pending(results: list[Any]) -> bool:
     """Tells whether a call among them has not come to its end."""
+    import asyncio
+
     return any(isinstance(result, asyncio.Task) and not result.done() for result in results)
 
 
 def get_results(results: list[Any]) -> list[Any]:
     """Returns what calls gave, all of which have come to their end. Raises what the first failed one raised."""
+    import asyncio
+
     return [result.result() if isinstance(result, asyncio.Task) else result for result in results]
 
 
 def _await_result(coroutine: Any) -> Any:
     """Runs a coroutine to its end, in a thread of its own: this one may run an event loop (a notebook does)."""
+    import asyncio
+
     outcome: list[Any] = []
 
     def run() -> None:

@@ -8,18 +8,20 @@ prompt here.
 from __future__ import annotations
 
 import copy
-import random
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .canvas import INPUT_END, MODE_BYPASSED, MODE_MUTED, Canvas, Library, Node, Slot
 from .graph import NodeClasses, Prompt
 from .stand_ins import with_stand_ins
 from .widgets import UNSET, Widget, resolve_dynamic_prompt
 from .workflow import WorkflowError, describe_non_workflow, is_api_prompt, is_ui_workflow
+
+if TYPE_CHECKING:
+    import random
 
 # Nodes whose `filename_prefix` may name dates and other nodes' widgets.
 SAVING_TYPES = frozenset(
@@ -72,6 +74,8 @@ def to_prompt(
         if not is_api_prompt(workflow):
             raise WorkflowError(f"The workflow is {describe_non_workflow(workflow)}")
         return {str(node_id): copy.deepcopy(dict(node)) for node_id, node in workflow.items()}
+    import random  # here: it takes long to import
+
     library = Library.of(workflow, with_stand_ins(nodes), display_names or {})
     return _Converter(Canvas(workflow, library), now or datetime.now(), random.Random(seed)).to_prompt()
 

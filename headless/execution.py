@@ -6,7 +6,6 @@ waited for, too.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import contextvars
 import logging
@@ -16,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .cache import Cache, CachedResult
 from .calling import Returned, call_node, get_call_inputs, get_results, is_pending, merge_results, merge_tuples
@@ -25,6 +24,9 @@ from .graph import Graph, is_link
 from .host import HeadlessHost, Interrupted
 from .schedule import Schedule
 from .validation import get_type_name
+
+if TYPE_CHECKING:
+    import asyncio
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +115,8 @@ class Execution:
 
     async def _pick(self) -> str:
         """Returns the node to run next, after waiting for a coroutine if there is no other."""
+        import asyncio  # here and below: it takes longer to import than the rest of the runner
+
         while (node_id := self._schedule.pick()) is None:
             self.host.raise_if_interrupted()
             tasks = [task for results in self._waiting.values() for task in results if isinstance(task, asyncio.Task)]
@@ -192,8 +196,7 @@ class Execution:
 
         if getattr(node, "check_lazy_status", None) is not None:
             answers = await call_node(node, "check_lazy_status", self._inputs, before_call)
-            while is_pending(answers):
-                await asyncio.wait([answer for answer in answers if isinstance(answer, asyncio.Task)])
+            answers = [await answer if is_pending([answer]) else answer for answer in answers]
             asked = {name for answer in get_results(answers) if isinstance(answer, list) for name in answer}
             wanted = [
                 name for name in sorted(name for name in asked if isinstance(name, str))
@@ -303,6 +306,8 @@ def _format(value: Any) -> Any:
 
 def run_in_loop(coroutine: Any) -> None:
     """Runs a coroutine to its end, in a thread of its own where this one runs an event loop (a notebook does)."""
+    import asyncio
+
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -328,6 +333,8 @@ def run_in_loop(coroutine: Any) -> None:
 @contextlib.contextmanager
 def _use_loop() -> Iterator[asyncio.AbstractEventLoop]:
     """Gives an event loop, and ends what still runs in it. Unlike asyncio.run, Ctrl-C stops a node at once."""
+    import asyncio
+
     loop = asyncio.new_event_loop()
     try:
         yield loop

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +132,8 @@ class Runner:
             return RunResult(
                 status="invalid", error=validation.error, node_errors=validation.node_errors, prompt=prompt
             )
+        import uuid
+
         prompt_id = str(uuid.uuid4())
 
         def emit(name: str, data: dict[str, Any]) -> None:
