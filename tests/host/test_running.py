@@ -7,6 +7,7 @@ import subprocess
 import time
 
 import pytest
+from PIL import Image
 
 GROWTH = 0.02  # of the resident size
 RIVAL = '''"""A pack with some of the same node ids."""
@@ -69,8 +70,6 @@ def test_unloading_on_wish_frees_everything_and_the_next_run_works(server, demo_
 
 def read_pictures(server, outputs) -> list[bytes]:
     """Reads the saved pictures' pixels; the files differ in the workflow that they carry."""
-    from PIL import Image
-
     images = [image for ui in outputs.values() for image in ui.get("images", [])]
     assert images
     return [Image.open(server.base / "output" / image["filename"]).tobytes() for image in images]
@@ -134,6 +133,82 @@ def test_cancel_acts_and_the_next_run_works(server, demo_prompt, find_inputs, cl
     assert prompt[data["node_id"]]["class_type"] == ("SaveImage" if class_type == "VAEDecode" else class_type)
     find_inputs(demo_prompt, "KolorsSampler")["seed"] = time.time_ns() % 2**32
     server.run(demo_prompt)
+
+
+@pytest.fixture
+def training_prompt():
+    """A training on the bundled model and dataset, long enough to be stopped."""
+    demo = "kolors-shapes (demo)"
+    training = {
+        "kolors_model": ["1", 0], "chatglm3_model": ["2", 0], "vae": ["3", 0], "dataset": ["4", 0],
+        "name": f"run_{time.time_ns()}", "rank": 4, "alpha": 4.0, "steps": 500, "learning_rate": 1e-3, "batch_size": 2,
+        "resolution": 128, "seed": 0, "sample_prompts": "",
+    }  # fmt: skip
+    return {
+        "1": {"class_type": "DownloadAndLoadKolorsModel", "inputs": {"model": demo, "precision": "fp32"}},
+        "2": {"class_type": "DownloadAndLoadChatGLM3", "inputs": {"model": demo, "precision": "fp32"}},
+        "3": {"class_type": "KolorsVAELoader", "inputs": {"vae_name": demo}},
+        "4": {"class_type": "KolorsLoraDataset", "inputs": {"folder": demo}},
+        "5": {"class_type": "KolorsTrainLora", "inputs": training},
+        "6": {"class_type": "PreviewImage", "inputs": {"images": ["5", 2]}},
+    }
+
+
+def watch_training(server, prompt, stop_at=None) -> tuple[str, list[int], list[str]]:
+    """Runs a training; asks it to stop at a step if told so. Gives how it ended, its steps and its texts."""
+    steps, texts = [], []
+    with server.listen() as (client_id, messages):
+        server.queue(prompt, client_id)
+        for message in messages:
+            kind, data = message["type"], message.get("data")
+            if kind == "preview":
+                texts += [data.decode(errors="replace")] if data[:4] == b"\0\0\0\3" else []
+            elif kind == "progress" and data["node"] == "5" and data["max"] == prompt["5"]["inputs"]["steps"]:
+                steps.append(data["value"])
+                if stop_at is not None and len(steps) == stop_at:
+                    server.post("/interrupt")
+            elif kind in ("execution_success", "execution_error", "execution_interrupted"):
+                return kind, steps, texts
+
+
+def test_cancel_in_training_leaves_a_checkpoint_and_the_next_run_goes_on(server, training_prompt):
+    kind, steps, texts = watch_training(server, training_prompt, stop_at=5)
+    assert kind == "execution_interrupted"
+    # Steps taken while the wish was on its way; at 500 it would have been done.
+    assert steps[-1] < 100
+    assert any("loss" in text for text in texts)
+    folder = server.base / "output" / "kolors_training" / f"{training_prompt['5']['inputs']['name']}-training"
+    assert list((folder / "checkpoints").iterdir())
+    training_prompt["5"]["inputs"]["steps"] = steps[-1] + 10
+    kind, steps_after, _ = watch_training(server, training_prompt)
+    assert kind == "execution_success"
+    assert steps[-1] < steps_after[0] <= steps[-1] + 2
+    assert steps_after[-1] == steps[-1] + 10
+
+
+def test_cancel_while_pictures_are_encoded_and_the_next_run_works(server, training_prompt):
+    """Many random places in pictures that are new each time, so that nothing is cached from another run."""
+    folder = server.base / "input" / f"pictures {time.time_ns()}"
+    folder.mkdir()
+    for number in range(10):
+        Image.effect_noise((256, 256), 40 + number).convert("RGB").save(folder / f"{number}.png")
+    training_prompt["4"]["inputs"].update(folder=folder.name, caption="noise", center_crop=False, crops=64)
+    training_prompt["5"]["inputs"].update(steps=3, seed=time.time_ns() % 2**32)
+    with server.listen() as (client_id, messages):
+        server.queue(training_prompt, client_id)
+        asked, later = False, 0
+        for message in messages:
+            if message["type"] == "progress" and message["data"]["node"] == "5":
+                later += asked
+                if not asked and message["data"]["value"] < message["data"]["max"]:
+                    server.post("/interrupt")
+                    asked = True
+            elif message["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                break
+    assert message["type"] == "execution_interrupted"
+    assert later < 10
+    training_prompt["4"]["inputs"]["crops"] = 1
+    assert watch_training(server, training_prompt)[0] == "execution_success"
 
 
 @pytest.fixture(scope="module")
