@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from .conversion import to_prompt
@@ -20,6 +21,7 @@ from .messages import describe_result
 from .packs import PackError, load_pack
 from .runner import Runner, RunResult
 from .settings import SettingError, apply_settings, apply_to_workflow
+from .timings import sum_timings, write_trace
 from .train_command import add_train_command
 from .workflow import WorkflowError, is_ui_workflow, load_workflow
 
@@ -78,6 +80,9 @@ def _add_run(commands: Any) -> None:
     )
     run.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     run.add_argument("--json", action="store_true", help="print one JSON object instead of paths")
+    run.add_argument(
+        "--trace", metavar="FILE", help="write when each node was at work, for chrome://tracing or ui.perfetto.dev"
+    )
     run.add_argument("--verbose", action="store_true", help="show log messages, and where an error happened")
     run.set_defaults(handler=run_workflow)
 
@@ -128,13 +133,19 @@ def _prepare(options: argparse.Namespace, progress: ProgressBar) -> tuple[Runner
     workflow = load_workflow(options.workflow)
     folders = {"models_dir": options.models_dir, "input_dir": options.input_dir, "output_dir": options.output_dir}
     try:
-        runner = Runner(load_nodes(options.nodes), **folders, device=options.device, on_event=progress)
+        runner = Runner(
+            load_nodes(options.nodes),
+            **folders,
+            device=options.device,
+            display_names=get_display_names(),
+            on_event=progress,
+        )
     except ValueError as error:
         if isinstance(error, PackError):
             raise
         raise UsageError(str(error)) from error
     with use_host(runner.host):
-        prompt = to_prompt(workflow, runner.nodes)
+        prompt = to_prompt(workflow, runner.nodes, display_names=runner.display_names)
         if options.demo:
             from ..nodes.demo import to_demo_prompt
 
@@ -155,6 +166,13 @@ def _prepare(options: argparse.Namespace, progress: ProgressBar) -> tuple[Runner
     return runner, prompt, extra_data
 
 
+def get_display_names() -> Mapping[str, str]:
+    """Returns the titles of this pack's nodes."""
+    from .. import NODE_DISPLAY_NAME_MAPPINGS
+
+    return NODE_DISPLAY_NAME_MAPPINGS
+
+
 def load_nodes(packs: Sequence[str]) -> NodeClasses:
     """Returns this pack's node classes and those of other packs; a later pack wins over an earlier one."""
     from .. import NODE_CLASS_MAPPINGS
@@ -166,7 +184,13 @@ def load_nodes(packs: Sequence[str]) -> NodeClasses:
 
 
 def _report(options: argparse.Namespace, out: TextIO, runner: Runner, result: RunResult) -> int:
-    messages = describe_result(result, runner.nodes, runner.host)
+    messages = describe_result(result, runner.nodes, runner.host, runner.display_names)
+    if options.trace:
+        try:
+            write_trace(result.timings, Path(options.trace))
+        except OSError as error:
+            reason = error.strerror or error
+            messages.append(f"--trace {options.trace}: the file cannot be written ({reason}). Choose another.")
     hints = [DEMO_HINT] if not options.demo and _would_demo_help(result) else []
     files = list_files(result, runner)
     if options.json:
@@ -179,6 +203,8 @@ def _report(options: argparse.Namespace, out: TextIO, runner: Runner, result: Ru
             "cached": result.cached,
             "error": result.error,
             "node_errors": result.node_errors,
+            "blocked": result.blocked,
+            "timings": sum_timings(result.timings),
         })  # fmt: skip
     else:
         _print_messages(messages, "warning" if result.status == "success" else "error")

@@ -18,9 +18,17 @@ CODE_ERRORS = frozenset(
 )
 
 
-def describe_result(result: RunResult, nodes: NodeClasses, host: HeadlessHost) -> list[str]:
+def describe_result(
+    result: RunResult, nodes: NodeClasses, host: HeadlessHost, display_names: Mapping[str, str] | None = None
+) -> list[str]:
     """Returns one text per mistake of a run, in the prompt's order; none for a run without any."""
-    graph = Graph(result.prompt, nodes)
+    # A title that only repeats the class's display name says nothing: it is left out.
+    titles = set((display_names or {}).values())
+    prompt = {
+        node_id: {**node, "_meta": {}} if _get_title(node) in titles else node
+        for node_id, node in result.prompt.items()
+    }
+    graph = Graph(prompt, nodes)
     if result.status == "error":
         return [_describe_failure(graph, result.error or {})]
     with use_host(host):  # lists of files are asked for again
@@ -29,16 +37,23 @@ def describe_result(result: RunResult, nodes: NodeClasses, host: HeadlessHost) -
             for node_id in result.prompt
             for error in result.node_errors.get(node_id, {}).get("errors", [])
         ]
+        findings += [f"{label_node(graph, node_id)} did not run: {text}" for node_id, text in result.blocked.items()]
     if result.status == "invalid" and not findings:
         return [_describe_refusal(graph, result.error or {})]
     return list(dict.fromkeys(findings))
 
 
+def _get_title(node: Mapping[str, Any]) -> str:
+    meta = node.get("_meta")
+    title = meta.get("title") if isinstance(meta, Mapping) else None
+    return title if isinstance(title, str) else ""
+
+
 def label_node(graph: Graph, node_id: str) -> str:
     """Returns how a node is named to the user: class, title where it has one of its own, id."""
-    node = graph.prompt[node_id]
+    node = graph.prompt.get(node_id, {"class_type": "A node that another made"})
     class_type = str(node.get("class_type", "a node without class"))
-    title = (node.get("_meta") or {}).get("title") or ""
+    title = _get_title(node)
     defaults = {getattr(kind, "DISPLAY_NAME", "") for kind in graph.classes.values()}
     has_own = title not in defaults and title.replace(" ", "").lower() not in ("", class_type.lower())
     quoted = f' "{title}"' if has_own else ""

@@ -79,7 +79,10 @@ def find_node(graph: Graph, name: str, setting: str) -> str:
     """Returns the id of the node that a setting means: by id, then title, then class."""
     if name in graph.prompt:
         return name
-    titles = {node_id: (node.get("_meta") or {}).get("title") for node_id, node in graph.prompt.items()}
+    titles = {
+        node_id: node["_meta"].get("title") if isinstance(node.get("_meta"), Mapping) else None
+        for node_id, node in graph.prompt.items()
+    }
     classes = {node_id: node.get("class_type") for node_id, node in graph.prompt.items()}
     for names in (titles, classes):
         found = [node_id for node_id, candidate in names.items() if candidate == name]

@@ -381,3 +381,32 @@ def test_the_bar_counts_nodes_and_steps():
         bar("execution_start", {"nodes": []})
         bar("executing", {"node": "1", "class_type": "Number"})
     assert silent.getvalue() == ""
+
+
+def test_timings_and_a_trace_tell_when_nodes_were_at_work(kolors, tmp_path):
+    prompt = {
+        "1": {"class_type": "Number", "inputs": {"value": 3}},
+        "2": {"class_type": "Show", "inputs": {"value": ["1", 0]}},
+    }
+    trace = tmp_path / "trace.json"
+    code, out, _ = kolors(prompt, "--json", "--trace", str(trace))
+    timings = json.loads(out)["timings"]
+    assert [(node_id, entry["class_type"]) for node_id, entry in timings.items()] == [("1", "Number"), ("2", "Show")]
+    assert all(0 <= entry["seconds"] < 1 for entry in timings.values())
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert [(event["ph"], event["name"]) for event in events] == [("X", "Number (node 1)"), ("X", "Show (node 2)")]
+    assert events[0]["ts"] == 0 and events[1]["ts"] >= events[0]["dur"]
+    code, out, _ = kolors(prompt, "--json", "--trace", str(tmp_path / "absent" / "trace.json"))
+    assert code == 0
+    assert "cannot be written" in json.loads(out)["messages"][0]
+
+
+def test_a_blocked_node_is_told(kolors):
+    prompt = {
+        "1": {"class_type": "Number", "inputs": {"value": 3}},
+        "2": {"class_type": "Block", "inputs": {"value": ["1", 0], "how": "message"}},
+        "3": {"class_type": "Show", "inputs": {"value": ["2", 0]}},
+    }
+    code, _, err = kolors(prompt)
+    assert code == 0
+    assert "Show (node 3) did not run: odd numbers are not welcome" in err
