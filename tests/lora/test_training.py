@@ -19,6 +19,7 @@ from kolors_nodes.lora.checkpoint import load_newest_checkpoint
 from kolors_nodes.lora.files import load_lora
 from kolors_nodes.lora.latents import Sample, Text, TrainingData, get_prompt_embeds
 from kolors_nodes.lora.options import TrainingError, TrainingOptions
+from kolors_nodes.lora.trainee import build_trainee
 from kolors_nodes.lora.training import (
     Watcher,
     build_batch,
@@ -29,7 +30,6 @@ from kolors_nodes.lora.training import (
     get_place,
     train,
 )
-from kolors_nodes.lora.trainee import build_trainee
 
 CPU = torch.device("cpu")
 SHORT = TrainingOptions(
