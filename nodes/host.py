@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
     from ..headless.host import HeadlessHost
 
+# What a UNet of SDXL's kind computes beside its weights, per byte of a latent cell in one channel.
+# Source: ComfyUI's model_base.py, memory_required, with SDXL's memory_usage_factor of 0.8.
+BYTES_PER_CELL_BYTE = 0.01 * 0.8 * 2**20
+
 logger = logging.getLogger(__name__)
 
 
@@ -49,12 +53,13 @@ class Host(Protocol):
     def get_intermediate_device(self) -> torch.device:
         """Gives the device for what a node returns."""
 
-    def on_device(self, module: nn.Module, owner: object) -> AbstractContextManager[None]:
+    def on_device(self, module: nn.Module, owner: object, cells: int = 0) -> AbstractContextManager[None]:
         """Gives a context in which a module is on the computing device. A wish to stop acts between its blocks.
 
         Args:
             module: the network that shall run.
             owner: the object on the socket that it belongs to; the host may remember the module as long as it lives.
+            cells: latent cells that it will compute at once, of the whole batch, so that the host makes room.
         """
 
     def report_step(self, step: int, total: int, latents: torch.Tensor | None = None) -> None:
@@ -100,7 +105,7 @@ class RunnerHost:
         return torch.device("cpu")
 
     @contextmanager
-    def on_device(self, module: nn.Module, owner: object) -> Iterator[None]:
+    def on_device(self, module: nn.Module, owner: object, cells: int = 0) -> Iterator[None]:
         module.to(self.get_device())
         try:
             with stop_between_blocks(module, self._services.raise_if_interrupted):
@@ -179,7 +184,7 @@ class ComfyHost:
         return comfy.model_management.intermediate_device()
 
     @contextmanager
-    def on_device(self, module: nn.Module, owner: object) -> Iterator[None]:
+    def on_device(self, module: nn.Module, owner: object, cells: int = 0) -> Iterator[None]:
         import comfy.model_management
 
         patcher = _patchers.get(owner)
@@ -187,7 +192,8 @@ class ComfyHost:
             patcher = _patchers[owner] = build_patcher(module)
         # The host makes room, and moves the module off again when something else needs the room. In full: it can
         # stream only its own layer classes part by part.
-        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+        needed = cells * module.dtype.itemsize * BYTES_PER_CELL_BYTE
+        comfy.model_management.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
         module.to(self.get_device())  # a model with a LoRA shares weights that may have left with its base
         with stop_between_blocks(module, comfy.model_management.throw_exception_if_processing_interrupted):
             yield

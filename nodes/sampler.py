@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..kolors.options import SCALING_FACTOR, SamplingOptions
+from ..kolors.options import SCALING_FACTOR, VAE_SCALE_FACTOR, SamplingOptions
 from ..kolors.schedulers import SCHEDULERS
 from .encode import from_socket
 from .host import get_host
@@ -12,6 +12,8 @@ from .models import KolorsModel
 
 if TYPE_CHECKING:
     import torch
+
+    from ..kolors.prompts import PromptEmbeds
 
 DEFAULTS = SamplingOptions()
 
@@ -80,10 +82,18 @@ class KolorsSampler:
             height=height, width=width, seed=seed,
         )  # fmt: skip
         samples = None if latent is None else latent["samples"] * SCALING_FACTOR
-        unet = kolors_model.patched_unet
-        with host.on_device(unet, kolors_model):
+        unet, embeds = kolors_model.patched_unet, from_socket(kolors_embeds)
+        with host.on_device(unet, kolors_model, count_cells(embeds, options, samples)):
             latents = sample(
-                unet, from_socket(kolors_embeds), options, latents=samples,
+                unet, embeds, options, latents=samples,
                 noise_device="cpu" if noise_device == "cpu" else None, on_step=host.report_step,
             )  # fmt: skip
         return ({"samples": (latents.float() / SCALING_FACTOR).to(host.get_intermediate_device())},)
+
+
+def count_cells(embeds: PromptEmbeds, options: SamplingOptions, samples: torch.Tensor | None) -> int:
+    """Gives the latent cells that the UNet computes at once: of all pictures, twice with guidance."""
+    area, batch = options.height * options.width // VAE_SCALE_FACTOR**2, embeds.batch_size
+    if samples is not None:
+        area, batch = samples.shape[-2] * samples.shape[-1], max(batch, samples.shape[0])
+    return area * batch * (2 if options.guidance_scale > 1.0 else 1)

@@ -1,0 +1,81 @@
+"""What nodes ask of a host that needs no ComfyUI to be tested: stopping within a forward pass, room on the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from kolors_nodes.kolors.options import SamplingOptions
+from kolors_nodes.kolors.prompts import PromptEmbeds
+from kolors_nodes.nodes.host import stop_between_blocks
+from kolors_nodes.nodes.sampler import count_cells
+
+
+class Stopped(Exception):
+    """The host's wish to stop."""
+
+
+class Blocks(nn.Module):
+    """Three blocks that note when they run."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran = []
+        self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        for index, block in enumerate(self.blocks):
+            block.register_forward_hook(lambda *_, index=index: self.ran.append(index))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def run(module: Blocks, raise_if_interrupted) -> None:
+    with stop_between_blocks(module, raise_if_interrupted):
+        module(torch.zeros(1, 2))
+
+
+def test_a_wish_to_stop_acts_between_two_blocks():
+    module = Blocks()
+
+    def raise_if_interrupted():
+        if module.ran == [0]:
+            raise Stopped
+
+    with torch.inference_mode(), pytest.raises(Stopped):
+        run(module, raise_if_interrupted)
+    assert module.ran == [0]
+
+
+def test_a_training_step_is_not_torn_apart_and_no_hook_stays():
+    module = Blocks()
+
+    def raise_if_interrupted():
+        raise Stopped
+
+    run(module, raise_if_interrupted)
+    assert module.ran == [0, 1, 2]
+    assert not any(block._forward_pre_hooks for block in module.blocks)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "guidance_scale", "samples", "expected"),
+    [
+        (1, 1.0, None, 128 * 64),
+        (1, 5.0, None, 2 * 128 * 64),
+        (3, 5.0, None, 6 * 128 * 64),
+        # The latent's size counts, and one prompt serves many latents.
+        (1, 5.0, (4, 4, 32, 16), 8 * 32 * 16),
+        (3, 5.0, (1, 4, 32, 16), 6 * 32 * 16),
+    ],
+)
+def test_room_is_asked_for_the_whole_batch(prompts, guidance_scale, samples, expected):
+    sequence, pooled = torch.zeros(prompts, 256, 8), torch.zeros(prompts, 8)
+    embeds = PromptEmbeds(
+        prompt_embeds=sequence, pooled_prompt_embeds=pooled,
+        negative_prompt_embeds=sequence, negative_pooled_prompt_embeds=pooled,
+    )  # fmt: skip
+    options = SamplingOptions(width=1024, height=512, guidance_scale=guidance_scale)
+    assert count_cells(embeds, options, None if samples is None else torch.zeros(samples)) == expected
