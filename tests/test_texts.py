@@ -118,6 +118,13 @@ def test_categories_and_our_sockets_are_translated(language):
 
 
 @each_node
+def test_no_tooltip_is_missing(name, node):
+    assert not [input_name for input_name, options in get_inputs(node).items() if not options.get("tooltip")]
+    assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES)
+    assert all(node.OUTPUT_TOOLTIPS)
+
+
+@each_node
 def test_a_node_is_found_by_other_words(name, node):
     assert node.SEARCH_ALIASES
     assert NODE_DISPLAY_NAME_MAPPINGS[name] not in node.SEARCH_ALIASES
