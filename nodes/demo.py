@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from .lora import list_bundled
 from .models import DEMO
 
 NATIVE_SIZE = 128  # pixels; Kolors' own is 1024
@@ -17,7 +18,8 @@ def to_demo_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
     """Points a graph at the bundled model and scales its sizes from 1024 to 128 pixels.
 
     Every loader of a UNet, a text encoder or a VAE becomes one of the bundled model's; widths and heights are
-    divided by 8 (to a multiple of 32, at least 64 pixels). Links, prompts, seeds and steps stay.
+    divided by 8 (to a multiple of 32, at least 64 pixels). LoRAs of Kolors do not fit and are switched off. Links,
+    prompts, seeds and steps stay.
 
     Args:
         prompt: API format, node id → ``class_type`` and ``inputs``; not changed.
@@ -27,7 +29,13 @@ def to_demo_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
     """
     prompt = copy.deepcopy(prompt)
     for node in prompt.values():
-        inputs = node.setdefault("inputs", {})
+        node.setdefault("inputs", {})
+    models = [node["inputs"].get("model") for node in prompt.values()
+              if node.get("class_type") == "DownloadAndLoadKolorsModel"]  # fmt: skip
+    has_foreign_loras = any(model != DEMO for model in models)
+    unused_lora = next(iter(list_bundled()), "")
+    for node in prompt.values():
+        inputs = node["inputs"]
         match node.get("class_type"):
             case "DownloadAndLoadKolorsModel":
                 inputs["model"] = DEMO
@@ -39,6 +47,10 @@ def to_demo_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
             case "VAELoader" | "KolorsVAELoader":
                 node["class_type"] = "KolorsVAELoader"
                 node["inputs"] = {"vae_name": DEMO}
+            case "KolorsLoraLoader" if has_foreign_loras:
+                inputs.update(lora_name=unused_lora, strength_model=0.0)
+            case "LoadKolorsLoRA" if has_foreign_loras:
+                inputs.update(lora_path=unused_lora, lora_alpha=0.0)
             case class_type if class_type in _SIZED:
                 inputs.update({side: shrink(inputs[side]) for side in ("width", "height") if side in inputs})
     return prompt

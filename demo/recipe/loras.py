@@ -1,4 +1,4 @@
-"""Makes the bundled LoRAs, a new shape and a new colour: `python -m kolors_nodes.demo.recipe.loras`."""
+"""Makes the bundled LoRAs, a new shape and a style: `python -m kolors_nodes.demo.recipe.loras`."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ from ...lora.formats import PEFT_METADATA, Lora, parse_lora
 from ...lora.names import KOHYA, get_unet_names
 from .captions import COMBINATIONS, LANGUAGES, Combination, get_captions
 from .evaluate import DemoModel, load_demo_model
-from .shapes import BACKGROUNDS, COLOURS, SHAPES, draw_placement, paint, render_mask
+from .shapes import BACKGROUNDS, COLOURS, draw_placement, paint, render_mask
 from .unet import build_scheduler, encode_captions, get_time_ids
 from .vae import to_tensor
 
 logger = logging.getLogger(__name__)
 
 LORA_FOLDER = Path(__file__).parents[1] / "loras"
-PINK = (255, 120, 180)
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "proj", "net.2", "conv1", "conv2")
-# What each LoRA teaches; the UNet was shown neither word, the text encoder knows both.
-CONCEPTS = {
-    "heart": tuple(Combination("heart", *names) for names in product(COLOURS, BACKGROUNDS)),
-    "pink": tuple(Combination(shape, "pink", background) for shape, background in product(SHAPES, BACKGROUNDS)),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
-    """How a LoRA is trained. Half of each batch is what the model knows already, so that it is kept."""
+    """How a LoRA is trained.
+
+    Attributes:
+        old_pictures: of what the model knows already; they fill half of each batch, so that it is kept. 0: none.
+        whiteness: how much white is mixed into the shapes' colours of the new pictures, 0 to 1.
+    """
 
     rank: int = 8
     alpha: float = 16.0
@@ -48,8 +47,17 @@ class LoraOptions:
     learning_rate: float = 1.5e-3
     new_pictures: int = 144
     old_pictures: int = 144
+    whiteness: float = 0.0
     max_loss_weight: float = 40.0
     seed: int = 5
+
+
+# What each LoRA is taught with. "Heart" is a word that the UNet was never shown and the text encoder knows; the style
+# needs no word.
+CONCEPTS = {
+    "heart": (tuple(Combination("heart", *names) for names in product(COLOURS, BACKGROUNDS)), LoraOptions()),
+    "pastel": (COMBINATIONS, LoraOptions(steps=200, old_pictures=0, whiteness=0.5)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +88,14 @@ def prepare_data(model: DemoModel, new: tuple[Combination, ...], options: LoraOp
     combinations = [*new, *COMBINATIONS]
     chosen = [index % len(new) for index in range(options.new_pictures)]
     chosen += [len(new) + index % len(COMBINATIONS) for index in range(options.old_pictures)]
-    colours = COLOURS | {"pink": PINK}
     latents = []
     for part in np.array_split(chosen, math.ceil(len(chosen) / 32)):
         pictures = []
-        for combination in (combinations[index] for index in part):
+        for index in part:
+            combination, whiteness = combinations[index], options.whiteness if index < len(new) else 0.0
             mask = render_mask(combination.shape, draw_placement(rng))
-            pictures.append(paint(mask, colours[combination.colour], BACKGROUNDS[combination.background]))
+            colour = tuple(value + whiteness * (255 - value) for value in COLOURS[combination.colour])
+            pictures.append(paint(mask, colour, BACKGROUNDS[combination.background]))
         autoencoder = model.vae.autoencoder
         latents.append(autoencoder.encode(to_tensor(pictures)).latent_dist.mean * autoencoder.config.scaling_factor)
     captions = [[caption for language in LANGUAGES for caption in get_captions(combination, language)]
@@ -100,10 +109,12 @@ def prepare_data(model: DemoModel, new: tuple[Combination, ...], options: LoraOp
 
 def get_loss(unet: torch.nn.Module, data: LoraData, alphas_cumprod: torch.Tensor, options: LoraOptions,
              generator: torch.Generator) -> torch.Tensor:
-    """Noise prediction error of a batch, one half new and one half old, weighted as in the UNet's own training."""
-    size, total, half = options.batch_size, len(alphas_cumprod), options.batch_size // 2
-    pick = torch.cat([torch.randint(options.new_pictures, (half,), generator=generator),
-                      torch.randint(options.new_pictures, len(data.latents), (size - half,), generator=generator)])
+    """Noise prediction error of a batch, weighted as in the UNet's own training."""
+    size, total = options.batch_size, len(alphas_cumprod)
+    pick = torch.randint(options.new_pictures, (size // 2 if options.old_pictures else size,), generator=generator)
+    if options.old_pictures:
+        old = torch.randint(options.new_pictures, len(data.latents), (size - len(pick),), generator=generator)
+        pick = torch.cat([pick, old])
     start, end = data.first_caption[data.combination[pick]], data.first_caption[data.combination[pick] + 1]
     caption = start + (torch.rand(size, generator=generator) * (end - start)).long()
     # Stratified within each half; else the new ones would get the low timesteps alone.
@@ -123,7 +134,7 @@ def get_loss(unet: torch.nn.Module, data: LoraData, alphas_cumprod: torch.Tensor
 def train_lora(base: UNet2DConditionModel, data: LoraData, options: LoraOptions) -> Lora:
     """Trains with peft; the base is not changed.
 
-    Convolutions are trained too: attention alone learns a shape, but a new colour is made in the last blocks.
+    Convolutions are trained too: with attention alone, shapes stay ragged and colours hardly move.
     """
     import peft
 
@@ -159,9 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=CONCEPTS, help="train this one only")
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    model, options = load_demo_model(), LoraOptions()
+    model = load_demo_model()
     for name in [chosen.only] if chosen.only else CONCEPTS:
-        lora = train_lora(model.unet, prepare_data(model, CONCEPTS[name], options), options)
+        combinations, options = CONCEPTS[name]
+        lora = train_lora(model.unet, prepare_data(model, combinations, options), options)
         metadata = {"base_model": "kolors-shapes", "concept": name, "steps": str(options.steps),
                     "learning_rate": f"{options.learning_rate:g}", "seed": str(options.seed)}
         logger.info("wrote %s", save_lora(lora, chosen.out / f"{name}.safetensors", KOHYA, metadata=metadata))

@@ -7,6 +7,7 @@ import copy
 import pytest
 
 from kolors_nodes.nodes.demo import shrink, to_demo_prompt
+from kolors_nodes.nodes.lora import KolorsLoraLoader, LoadKolorsLoRA
 from kolors_nodes.nodes.models import DEMO, KOLORS
 
 
@@ -52,3 +53,27 @@ def test_loaders_and_sizes_change_and_nothing_else():
 
 def test_malformed_nodes_are_left_to_validation():
     assert to_demo_prompt({"1": {}}) == {"1": {"inputs": {}}}
+
+
+def make_lora_graph(model: str) -> dict:
+    return {
+        "1": {"class_type": "DownloadAndLoadKolorsModel", "inputs": {"model": model, "precision": "fp16"}},
+        "2": {"class_type": "KolorsLoraLoader",
+              "inputs": {"kolors_model": ["1", 0], "lora_name": "mine.safetensors", "strength_model": 0.8}},
+        "3": {"class_type": "LoadKolorsLoRA",
+              "inputs": {"kolors_model": ["2", 0], "lora_path": "/loras/epoch=0-step=500.ckpt", "lora_alpha": 2.0}},
+    }  # fmt: skip
+
+
+def test_loras_of_kolors_are_switched_off():
+    """They do not fit, and their files may not be there: a bundled one stands in, without effect."""
+    demo = to_demo_prompt(make_lora_graph(KOLORS))
+    bundled = KolorsLoraLoader.INPUT_TYPES()["required"]["lora_name"][0][0]
+    assert demo["2"]["inputs"] == {"kolors_model": ["1", 0], "lora_name": bundled, "strength_model": 0.0}
+    assert demo["3"]["inputs"] == {"kolors_model": ["2", 0], "lora_path": bundled, "lora_alpha": 0.0}
+    assert LoadKolorsLoRA.VALIDATE_INPUTS(bundled) is True
+
+
+def test_loras_of_the_bundled_model_stay():
+    graph = make_lora_graph(DEMO)
+    assert to_demo_prompt(graph) == graph
