@@ -18,7 +18,7 @@ from kolors_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 LANGUAGES = ("en", "zh")
-MILLISECONDS = 120_000
+MILLISECONDS = 60_000
 IS_READY = "window.app?.graph && window.app?.extensionManager?.command"
 
 
@@ -56,6 +56,8 @@ def page(browser, server, language):
 
 def open_template(page, pack_name: str, name: str) -> None:
     """Opens a template as a user does, by clicking it in the template browser."""
+    page.keyboard.press("Escape")
+    expect_none(page, ".p-dialog")
     page.evaluate("window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.locator(".p-dialog").get_by_text(pack_name, exact=True).click()
     card = page.get_by_test_id(f"template-workflow-{name}")
