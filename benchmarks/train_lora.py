@@ -1,6 +1,6 @@
 """Measures LoRA training: speed and memory against a plain loop, kills at random moments, two processes.
 
-    python benchmarks/train_lora.py speed       # a mid-size random model, about 3 minutes on two cores
+    python benchmarks/train_lora.py speed       # a mid-size random model, about 3 minutes; SIDE=256: larger pictures
     python benchmarks/train_lora.py kills       # 20 kills of runs on the bundled model, then compares the files
     python benchmarks/train_lora.py processes   # two processes under accelerate launch against one
 
@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 DEMO = Path(__file__).parents[1] / "demo"
-SIDE = 256  # pixels
+SIDE = int(os.environ.get("SIDE", "128"))  # of the pictures, in pixels
 STEPS, WARM_UP = 6, 2
 
 # Kolors' parts with a quarter of the width, so a sixteenth of the weights.
@@ -245,9 +245,7 @@ def measure_kills(folder: Path, kills: int = 20) -> None:
     """Kills runs at random moments until there were so many kills, and compares what they end with."""
     import torch
 
-    from kolors_nodes.kolors import text_encoder, unet, vae  # noqa: F401  imported once, for all forks
-    from kolors_nodes.lora import training  # noqa: F401
-
+    import_everything()
     torch.set_num_threads(1)  # a fork has no threads
     settings = ("--max_train_steps", "12", "--checkpoint_every", "1", "--batch_size", "2", "--lora_dropout", "0.1")
     started = time.monotonic()
@@ -269,6 +267,20 @@ def measure_kills(folder: Path, kills: int = 20) -> None:
         shutil.rmtree(folder / "killed")
     print(f"{done} kills within {duration:.1f} s runs, {endings} runs ended, every file equal to the last bit")
     print("what was there before and after each kill (cached files, newest checkpoint): " + ", ".join(moments))
+
+
+def import_everything() -> None:
+    """Imports what a run needs, once for all forks, so that kills hit its work."""
+    import importlib
+
+    names = ("accelerate", "peft", "PIL.Image", "sentencepiece", "kolors_nodes.headless.train_command")
+    names += tuple(f"kolors_nodes.kolors.{name}" for name in ("text_encoder", "unet", "vae", "sampling"))
+    for name in (*names, "kolors_nodes.lora.training", "torch._dynamo", "peft.tuners.lora"):
+        importlib.import_module(name)
+    import diffusers
+
+    for name in ("UNet2DConditionModel", "AutoencoderKL", "EulerDiscreteScheduler"):
+        getattr(diffusers, name)
 
 
 def describe_files(output: Path) -> str:
