@@ -18,7 +18,7 @@ from .canvas import INPUT_END, MODE_BYPASSED, MODE_MUTED, Canvas, Library, Node,
 from .graph import NodeClasses, Prompt
 from .stand_ins import with_stand_ins
 from .widgets import UNSET, Widget, resolve_dynamic_prompt
-from .workflow import WorkflowError, describe_non_workflow, is_api_prompt, is_ui_workflow
+from .workflow import WorkflowError, check_workflow, describe_non_workflow, is_api_prompt, is_ui_workflow
 
 if TYPE_CHECKING:
     import random
@@ -74,6 +74,7 @@ def to_prompt(
         if not is_api_prompt(workflow):
             raise WorkflowError(f"The workflow is {describe_non_workflow(workflow)}")
         return {str(node_id): copy.deepcopy(dict(node)) for node_id, node in workflow.items()}
+    check_workflow(workflow)
     import random  # here: it takes long to import
 
     library = Library.of(workflow, with_stand_ins(nodes), display_names or {})

@@ -132,6 +132,7 @@ class Execution:
     async def _step(self, node_id: str) -> None:
         cached = self.cache.get(node_id)
         if cached is not None:
+            self._waiting.pop(node_id, None)  # an equal node has come to its end first
             self._emit_executed(node_id, cached.ui)
             self._schedule.complete(node_id)
             return

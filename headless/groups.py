@@ -154,7 +154,7 @@ class _Reader:
         if node["inputs"][0]["link"] is not None:
             return
         kinds = [self._get_slot(link).get("type") for link in self.links if link["origin_id"] == index]
-        kind = next((kind for kind in kinds if kind not in (None, "*")), "*")
+        kind = str(next((kind for kind in kinds if kind not in (None, "*")), "*"))
         node["inputs"][0]["name"] = kind
         self.add_socket(index, kind)
 

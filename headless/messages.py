@@ -75,6 +75,8 @@ def _describe_failure(graph: Graph, error: Mapping[str, Any]) -> str:
 def _describe_refusal(graph: Graph, error: Mapping[str, Any]) -> str:
     if error["type"] == "invalid_prompt":
         for node_id, node in graph.prompt.items():
+            if not isinstance(node.get("class_type", ""), str) or not isinstance(node.get("inputs", {}), Mapping):
+                break
             if node.get("class_type") not in graph.classes:
                 return _describe_unknown_class(graph, node_id)
     if error["type"] == "prompt_no_outputs":

@@ -72,6 +72,9 @@ def validate_prompt(graph: Graph, outputs: Iterable[str] | None = None) -> Valid
 
 def _check_classes(graph: Graph) -> Error | None:
     for node_id, node in graph.prompt.items():
+        problem = _find_malformed(node)
+        if problem:
+            return _make_error("invalid_prompt", f"Cannot execute because {problem}.", f"Node ID '#{node_id}'", {})
         if "class_type" not in node:
             message = "Cannot execute because a node is missing the class_type property."
             return _make_error("invalid_prompt", message, f"Node ID '#{node_id}'", {})
@@ -83,6 +86,17 @@ def _check_classes(graph: Graph) -> Error | None:
         except UnsupportedNodeError as error:
             return _make_error("unsupported_node", str(error), f"Node ID '#{node_id}'", {})
     return None
+
+
+def _find_malformed(node: Any) -> str:
+    """Says what of a node is not as an API prompt has it, if anything; ComfyUI's server falls over such a node."""
+    if not isinstance(node, dict):
+        return f"a node is no object, but {str(node)[:80]}"
+    if not isinstance(node.get("class_type", ""), str):
+        return f"the class_type of a node is no text, but {str(node['class_type'])[:80]}"
+    if not isinstance(node.get("inputs", {}), dict):
+        return f"the inputs of a node are no object, but {str(node['inputs'])[:80]}"
+    return ""
 
 
 def _make_error(type_: str, message: str, details: str, extra_info: dict[str, Any]) -> Error:

@@ -94,3 +94,83 @@ def describe_non_workflow(workflow: object) -> str:
         f"JSON, but not a ComfyUI workflow: it is {found}. Expected an object with a list `nodes` (UI format), or "
         "one entry per node with `class_type` and `inputs` (API format)."
     )
+
+
+def check_workflow(workflow: Mapping[str, Any]) -> None:
+    """Checks the parts of a UI workflow that are read, those of its subgraphs and group nodes too.
+
+    Raises:
+        WorkflowError: one of them has another form than ComfyUI gives it.
+    """
+    _check_graph(workflow, "the workflow")
+    definitions = _get_typed(workflow, "definitions", Mapping, "the workflow") or {}
+    for subgraph in _get_typed(definitions, "subgraphs", list, "definitions") or []:
+        _require(isinstance(subgraph, Mapping), "a subgraph", subgraph)
+        place = f"the subgraph {subgraph.get('name')!r}"
+        check_workflow(subgraph) if subgraph.get("definitions") else _check_graph(subgraph, place)
+        for key in ("inputs", "outputs"):
+            for slot in _get_typed(subgraph, key, list, place) or []:
+                _require(isinstance(slot, Mapping), f"an entry of `{key}` in {place}", slot)
+    extra = _get_typed(workflow, "extra", Mapping, "the workflow") or {}
+    for name, group in (_get_typed(extra, "groupNodes", Mapping, "extra") or {}).items():
+        place = f"the group node {name!r}"
+        _require(isinstance(group, Mapping), place, group)
+        _get_typed(group, "links", list, place)
+        _get_typed(group, "config", Mapping, place)
+        for node in _get_typed(group, "nodes", list, place) or []:
+            _check_node(node, place)
+        for entry in _get_typed(group, "external", list, place) or []:
+            is_output = isinstance(entry, list) and len(entry) >= 2 and all(isinstance(part, int) for part in entry[:2])
+            _require(is_output, f"an entry of `external` in {place}", entry)
+
+
+def _check_graph(graph: Mapping[str, Any], place: str) -> None:
+    for node in _get_typed(graph, "nodes", list, place) or []:
+        if not isinstance(node, Mapping) or not _is_id(node.get("id")) or not isinstance(node.get("type"), str):
+            raise WorkflowError(f"A node of {place} has no `id` or no `type`: {str(node)[:120]}.")
+        _check_node(node, place)
+    for link in _get_typed(graph, "links", list, place) or []:
+        if isinstance(link, Mapping):
+            parts = [link.get(key) for key in ("id", "origin_id", "origin_slot")]
+        else:
+            parts = link[:3] if isinstance(link, list) and len(link) >= 5 else [None]
+        is_sound = _is_id(parts[0]) and _is_id(parts[1]) and (parts[2] is None or _is_index(parts[2]))
+        _require(is_sound, f"a link of {place}", link)
+
+
+def _check_node(node: Any, place: str) -> None:
+    _require(isinstance(node, Mapping) and isinstance(node.get("type"), str), f"a node of {place}", node)
+    name = f"the node {node.get('id', node['type'])} of {place}"
+    _require(isinstance(node.get("title"), (str, type(None))), f"the title of {name}", node.get("title"))
+    values = node.get("widgets_values")
+    _require(values is None or isinstance(values, (list, Mapping)), f"`widgets_values` of {name}", values)
+    for key in ("inputs", "outputs"):
+        for slot in _get_typed(node, key, list, name) or []:
+            _require(isinstance(slot, Mapping), f"an entry of `{key}` of {name}", slot)
+            for part in ("name", "label"):
+                text = slot.get(part)
+                _require(text is None or isinstance(text, str), f"the {part} of an entry of `{key}` of {name}", text)
+            link = slot.get("link")
+            _require(link is None or _is_id(link), f"the link of an entry of `{key}` of {name}", link)
+
+
+def _get_typed(holder: Mapping[str, Any], key: str, kind: type, place: str) -> Any:
+    value = holder.get(key)
+    _require(value is None or isinstance(value, kind), f"`{key}` of {place}", value)
+    return value
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1_000_000
+
+
+def _require(is_sound: bool, what: str, value: object) -> None:
+    if not is_sound:
+        raise WorkflowError(
+            f"{what[0].upper()}{what[1:]} is {str(value)[:80]}, which is not the form that ComfyUI gives it. "
+            "Save the workflow from ComfyUI again."
+        )

@@ -112,7 +112,7 @@ class Spread:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"count": ("INT", {"default": 3, "min": 0})}}
+        return {"required": {"count": ("INT", {"default": 3, "min": 0, "max": 300})}}
 
     RETURN_TYPES = ("INT", "INT")
     OUTPUT_IS_LIST = (True, False)
@@ -318,7 +318,7 @@ class Expand:
     @classmethod
     def INPUT_TYPES(cls):
         return {
-            "required": {"value": ("INT", {"forceInput": True}), "count": ("INT", {"default": 2, "min": 0})},
+            "required": {"value": ("INT", {"forceInput": True}), "count": ("INT", {"default": 2, "min": 0, "max": 20})},
             "optional": {"fault": (["none", "node", "double id", "unknown class", "show"],)},
         }
 
@@ -348,7 +348,7 @@ class ExpandAgain:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"value": ("INT", {"forceInput": True}), "depth": ("INT", {"default": 2})}}
+        return {"required": {"value": ("INT", {"forceInput": True}), "depth": ("INT", {"default": 2, "max": 9})}}
 
     RETURN_TYPES = ("INT",)
     FUNCTION = "run"
@@ -392,7 +392,8 @@ class BlockList:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"count": ("INT", {"default": 3, "min": 0}), "whole": ("BOOLEAN", {"default": False})}}
+        count = ("INT", {"default": 3, "min": 0, "max": 300})
+        return {"required": {"count": count, "whole": ("BOOLEAN", {"default": False})}}
 
     RETURN_TYPES = ("INT",)
     OUTPUT_IS_LIST = (True,)
@@ -409,7 +410,7 @@ class AsyncWait:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"value": ("INT", {"default": 1}), "milliseconds": ("INT", {"default": 1, "max": 60_000})}}
+        return {"required": {"value": ("INT", {"default": 1}), "milliseconds": ("INT", {"default": 1, "max": 200})}}
 
     RETURN_TYPES = ("INT",)
     FUNCTION = "run"

@@ -320,10 +320,10 @@ def test_every_method_may_be_a_coroutine(runner):
 def test_an_interrupt_stops_waiting_for_a_coroutine(stubs):
     def stop(name, data):
         if name == "executing":
-            threading.Timer(0.1, runner.interrupt).start()
+            threading.Timer(0.02, runner.interrupt).start()
 
     runner = Runner(stubs, on_event=stop)
-    prompt = {"1": {"class_type": "AsyncWait", "inputs": {"value": 1, "milliseconds": 60_000}}}
+    prompt = {"1": {"class_type": "AsyncWait", "inputs": {"value": 1, "milliseconds": 200}}}
     result = runner.run(prompt, outputs=["1"])
     assert result.error["exception_type"].endswith("Interrupted")
 
