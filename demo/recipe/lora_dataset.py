@@ -70,7 +70,7 @@ def choose_new_prompts(colours: tuple[str, ...], count: int = 24) -> list[tuple[
         background = list(BACKGROUNDS)[index // len(colours) % len(BACKGROUNDS)]
         combination = Combination(NEW_SHAPE, colour, background)
         captions = get_captions(combination, ("en", "zh")[len(chosen) % 2])
-        chosen.setdefault(captions[(index * 5 + 3) % len(captions)], combination)
+        chosen.setdefault(captions[(index * 7 + 3) % len(captions)], combination)
         index += 1
     return list(chosen.items())
 
