@@ -161,7 +161,7 @@ class KolorsTrainOptions:
                                       "tooltip": "How the LoRA's down matrices start."}),
                 "target_modules": ("STRING", {"default": ", ".join(DEFAULTS.target_modules), "tooltip": "Ends of the "
                                    "names of the modules that are trained, with commas."}),
-                "min_snr_gamma": ("FLOAT", {"default": DEFAULTS.min_snr_gamma, "min": 0.0, "max": 100.0, "step": 0.1,
+                "min_snr_gamma": ("FLOAT", {"default": DEFAULTS.min_snr_gamma, "min": 0.0, "max": 100.0, "step": 0.01,
                                   "tooltip": "Cap of the weight of low noise, usually 5; 0: none."}),
                 "noise_offset": ("FLOAT", {"default": DEFAULTS.noise_offset, **share, "tooltip": "For very dark and "
                                  "very bright pictures, usually 0.05; 0: none."}),
