@@ -49,9 +49,10 @@ def apply_loras(unet: UNet2DConditionModel, loras: Sequence[tuple[Lora, float]])
     for name, adapters in changes.items():
         check_parameter(name, bases.get(name), adapters)
     patched = share_parameters(unet)
+    scratch = get_scratch([bases[name] for name in changes])
     for name, adapters in changes.items():
         module, _, attribute = name.rpartition(".")
-        merged = merge(bases[name], adapters)
+        merged = merge(bases[name], adapters, scratch)
         setattr(patched.get_submodule(module), attribute, nn.Parameter(merged, requires_grad=False))
     return patched
 
@@ -76,11 +77,31 @@ def check_parameter(name: str, base: nn.Parameter | None, adapters: Sequence[tup
             raise LoraError(f"This LoRA is for another model: {name}: {error}.") from error
 
 
-def merge(base: torch.Tensor, adapters: Sequence[tuple[Adapter, float]]) -> torch.Tensor:
-    """Gives a weight with all its changes added in float32, in the dtype of the base."""
-    merged = base.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+def get_scratch(bases: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Gives room for the float32 form of any of these weights, if one needs it: new memory for each costs more time
+    than the sums.
+    """
+    sizes = [base.numel() for base in bases if base.dtype != torch.float32]
+    return torch.empty(max(sizes), device=bases[0].device) if sizes else None
+
+
+def merge(
+    base: torch.Tensor, adapters: Sequence[tuple[Adapter, float]], scratch: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Gives a weight with all its changes added in float32, in the dtype of the base.
+
+    Args:
+        base: the weight; not changed.
+        adapters: what changes it, each with its strength.
+        scratch: float32, at least as many elements; is overwritten where the base is not float32.
+    """
+    base = base.detach()
+    if scratch is None or base.dtype == torch.float32 or scratch.device != base.device:
+        merged = base.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    else:
+        merged = scratch[: base.numel()].view(base.shape).copy_(base)
     for adapter, strength in adapters:
-        adapter.add_(merged, base.detach(), strength)
+        adapter.add_(merged, base, strength)
     return merged.to(base.dtype)
 
 
