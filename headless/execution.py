@@ -22,7 +22,7 @@ from .calling import Returned, call_node, get_call_inputs, get_results, is_pendi
 from .expansion import ExecutionBlocker, set_graph_prefix
 from .graph import Graph, is_link
 from .host import HeadlessHost, Interrupted
-from .schedule import Schedule
+from .schedule import NodeInputError, Schedule
 from .validation import get_type_name
 
 if TYPE_CHECKING:
@@ -205,6 +205,11 @@ class Execution:
             ]  # fmt: skip
             for name in wanted:
                 self._schedule.require(node_id, name)
+            if wanted and not self._schedule.waits_for[node_id]:
+                raise NodeInputError(
+                    f"check_lazy_status asks for {', '.join(wanted)} again and again: the linked node has run, and "
+                    "gave nothing there. (ComfyUI would not come to an end with this.)"
+                )
             if wanted:
                 return None
 

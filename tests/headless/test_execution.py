@@ -186,6 +186,16 @@ def test_asking_for_an_input_that_is_not_linked_is_the_nodes_fault(runner):
     assert "'ghost'" in result.error["exception_message"]
 
 
+def test_asking_for_what_a_node_did_not_give_is_no_endless_loop(runner):
+    prompt = {
+        "1": number(1),
+        "2": {"class_type": "ShowOnly", "inputs": {"value": ["1", 0]}},
+        "3": {"class_type": "LazyChoice", "inputs": {"first": True, "a": ["2", 0], "b": ["2", 0]}},
+    }
+    error = runner.run(prompt, outputs=["3"]).error
+    assert (error["node_id"], error["exception_type"].split(".")[-1]) == ("3", "NodeInputError")
+
+
 def test_a_failing_node_is_named_with_its_inputs(runner):
     prompt = {"1": number(3), "2": {"class_type": "Fail", "inputs": {"value": ["1", 0]}}, "3": show(["2", 0])}
     result = runner.run(prompt)
