@@ -58,11 +58,11 @@ def load_unet(path: str | Path, *, dtype: torch.dtype) -> UNet2DConditionModel:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"UNet not found: {path}.")
-    folder, files = (path, find_weight_files(path)) if path.is_dir() else (path.parent, [path])
+    folder = path if path.is_dir() else path.parent
     config: Mapping[str, Any] = KOLORS_UNET_CONFIG
     if path.is_dir() or (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
-    tensors = dict(iterate_tensors(files))
+    tensors = dict(iterate_tensors(find_weight_files(path) if path.is_dir() else [path]))
     if "encoder_hid_proj.weight" not in tensors or config.get("encoder_hid_dim_type") != "text_proj":
         kind = "an SDXL UNet" if "add_embedding.linear_1.weight" in tensors else "no UNet of Kolors"
         raise CheckpointError(
