@@ -142,9 +142,7 @@ class Execution:
             is_done = await self._run_node(node_id)
         finally:
             class_type = self.graph.get_class_type(node_id)
-            self.timings.append(
-                Timing(node_id=node_id, class_type=class_type, start=start, end=time.perf_counter())
-            )
+            self.timings.append(Timing(node_id=node_id, class_type=class_type, start=start, end=time.perf_counter()))
         if is_done:
             self.executed.append(node_id)
             self._schedule.complete(node_id)

@@ -13,10 +13,7 @@ NodeClasses = Mapping[str, type]
 def is_link(value: object) -> bool:
     """Tells whether an input value is a link, ``[node id, output index]``, and not a constant."""
     return (
-        isinstance(value, list)
-        and len(value) == 2
-        and isinstance(value[0], str)
-        and isinstance(value[1], (int, float))
+        isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], (int, float))
     )
 
 

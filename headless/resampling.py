@@ -76,9 +76,7 @@ def _slerp_along(samples: torch.Tensor, dim: int, length: int) -> torch.Tensor:
     return slerp(before, after, ratio).movedim(-1, 1)
 
 
-def _get_neighbours(
-    old: int, new: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _get_neighbours(old: int, new: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns, for each of `new` cells, the two cells of `old` it lies between and its place between them."""
     import torch
 

@@ -86,9 +86,7 @@ class Runner:
     ):
         self.nodes = with_stand_ins(nodes)
         self.display_names = dict(display_names or {})
-        self.host = HeadlessHost(
-            models_dir=models_dir, input_dir=input_dir, output_dir=output_dir, device=device
-        )
+        self.host = HeadlessHost(models_dir=models_dir, input_dir=input_dir, output_dir=output_dir, device=device)
         self.on_event = on_event
         self._cache = Cache(cache_limit)
 
@@ -177,6 +175,5 @@ def get_values(result: CachedResult, node_class: type) -> tuple[Any, ...]:
     outputs = result.outputs or []
     is_list = getattr(node_class, "OUTPUT_IS_LIST", ()) or (False,) * len(outputs)
     return tuple(
-        values if as_list or len(values) != 1 else values[0]
-        for values, as_list in zip(outputs, is_list, strict=False)
+        values if as_list or len(values) != 1 else values[0] for values, as_list in zip(outputs, is_list, strict=False)
     )

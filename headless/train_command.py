@@ -47,14 +47,22 @@ def _add_files(group: Any) -> None:
     group.add_argument("--pretrained_unet_path", required=True, metavar="PATH", help="the UNet: a file or its folder")
     group.add_argument("--pretrained_text_encoder_path", required=True, metavar="DIR", help="the text encoder")
     group.add_argument("--pretrained_fp16_vae_path", required=True, metavar="PATH", help="the VAE: a file or a folder")
-    group.add_argument("--dataset_path", required=True, metavar="DIR", help="pictures with captions: metadata.csv or "
-                       "metadata.jsonl (file_name, text; also in DIR/train), or .txt files beside the pictures")
+    group.add_argument(
+        "--dataset_path",
+        required=True,
+        metavar="DIR",
+        help="pictures with captions: metadata.csv or "
+        "metadata.jsonl (file_name, text; also in DIR/train), or .txt files beside the pictures",
+    )
     group.add_argument("--reg_data_dir", metavar="DIR", help="pictures of what shall not be forgotten, with captions")
     group.add_argument("--output_path", default="./", metavar="DIR", help="for all files (default: %(default)s)")
     group.add_argument("--name", default="kolors_lora", help="of the LoRA file (default: %(default)s)")
     group.add_argument("--cache_dir", metavar="DIR", help="of what is encoded (default: OUTPUT/kolors-cache)")
-    group.add_argument("--save_lightning_ckpt", action="store_true",
-                       help="also write lightning_logs/version_0/checkpoints/epoch=E-step=S.ckpt, as DiffSynth does")
+    group.add_argument(
+        "--save_lightning_ckpt",
+        action="store_true",
+        help="also write lightning_logs/version_0/checkpoints/epoch=E-step=S.ckpt, as DiffSynth does",
+    )
 
 
 def _add_pictures(group: Any) -> None:
@@ -65,15 +73,34 @@ def _add_pictures(group: Any) -> None:
     group.add_argument("--enable_bucket", action="store_true", help="keep aspect ratios, at about width x height")
     group.add_argument("--crops", type=int, default=4, help="random places for each picture (default: %(default)s)")
     group.add_argument("--caption", default="", help="for pictures that have none")
-    group.add_argument("--caption_dropout_rate", type=float, default=0.0, metavar="SHARE",
-                       help="of samples with an empty caption (default: %(default)s)")
-    group.add_argument("--regularization_prompt", action="append", default=[], metavar="TEXT",
-                       help="let the base model draw pictures of this, and train on them too (repeatable)")
+    group.add_argument(
+        "--caption_dropout_rate",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of samples with an empty caption (default: %(default)s)",
+    )
+    group.add_argument(
+        "--regularization_prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="let the base model draw pictures of this, and train on them too (repeatable)",
+    )
     group.add_argument("--regularization_count", type=int, default=50, help="of these in all (default: %(default)s)")
-    group.add_argument("--regularization_share", type=float, default=0.5, metavar="SHARE",
-                       help="of samples from --reg_data_dir and --regularization_prompt (default: %(default)s)")
-    group.add_argument("--dataloader_num_workers", type=int, default=0,
-                       help="without effect: pictures are encoded once, before training")
+    group.add_argument(
+        "--regularization_share",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="of samples from --reg_data_dir and --regularization_prompt (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dataloader_num_workers",
+        type=int,
+        default=0,
+        help="without effect: pictures are encoded once, before training",
+    )
 
 
 def _add_training(group: Any) -> None:
@@ -81,28 +108,41 @@ def _add_training(group: Any) -> None:
     group.add_argument("--lora_alpha", type=float, default=4.0, help="scale is alpha / rank (default: %(default)s)")
     group.add_argument("--lora_dropout", type=float, default=0.0, help="(default: %(default)s)")
     group.add_argument("--lora_target_modules", default="to_q,to_k,to_v,to_out", help="(default: %(default)s)")
-    group.add_argument("--init_lora_weights", default="kaiming", choices=["gaussian", "kaiming"],
-                       help="(default: %(default)s)")
+    group.add_argument(
+        "--init_lora_weights", default="kaiming", choices=["gaussian", "kaiming"], help="(default: %(default)s)"
+    )
     group.add_argument("--steps_per_epoch", type=int, default=500, help="batches (default: %(default)s)")
     group.add_argument("--max_epochs", type=int, default=1, help="(default: %(default)s)")
     group.add_argument("--max_train_steps", type=int, metavar="N", help="instead of epochs")
     group.add_argument("--batch_size", type=int, default=1, help="in each process (default: %(default)s)")
     group.add_argument("--accumulate_grad_batches", type=int, default=1, help="for a step (default: %(default)s)")
     group.add_argument("--learning_rate", type=float, default=1e-4, help="(default: %(default)s)")
-    group.add_argument("--optimizer", default="adamw", choices=["adamw", "adamw8bit", "prodigy"],
-                       help="prodigy finds its own learning rate: set --learning_rate 1 (default: %(default)s)")
+    group.add_argument(
+        "--optimizer",
+        default="adamw",
+        choices=["adamw", "adamw8bit", "prodigy"],
+        help="prodigy finds its own learning rate: set --learning_rate 1 (default: %(default)s)",
+    )
     group.add_argument("--weight_decay", type=float, default=0.01, help="(default: %(default)s)")
-    group.add_argument("--lr_scheduler", default="constant", choices=["constant", "cosine", "linear"],
-                       help="(default: %(default)s)")
+    group.add_argument(
+        "--lr_scheduler", default="constant", choices=["constant", "cosine", "linear"], help="(default: %(default)s)"
+    )
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="(default: %(default)s)")
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="0: no clipping (default: %(default)s)")
     group.add_argument("--min_snr_gamma", type=float, default=0.0, help="0: no weighting (default: %(default)s)")
     group.add_argument("--noise_offset", type=float, default=0.0, help="(default: %(default)s)")
     group.add_argument("--use_gradient_checkpointing", action="store_true", help="less memory, more time")
-    group.add_argument("--precision", default="16-mixed", choices=["32", "16", "16-mixed", "bf16"],
-                       help="of the arithmetic; 16 counts as 16-mixed (default: %(default)s)")
-    group.add_argument("--base_precision", choices=["fp16", "bf16", "fp32", "8bit", "4bit"],
-                       help="of the frozen UNet (default: as --precision has it)")
+    group.add_argument(
+        "--precision",
+        default="16-mixed",
+        choices=["32", "16", "16-mixed", "bf16"],
+        help="of the arithmetic; 16 counts as 16-mixed (default: %(default)s)",
+    )
+    group.add_argument(
+        "--base_precision",
+        choices=["fp16", "bf16", "fp32", "8bit", "4bit"],
+        help="of the frozen UNet (default: as --precision has it)",
+    )
     group.add_argument("--training_strategy", default="auto", help="auto; several GPUs: accelerate launch --multi_gpu")
 
 
@@ -110,8 +150,13 @@ def _add_other(group: Any) -> None:
     group.add_argument("--seed", type=int, default=0, help="governs everything random (default: %(default)s)")
     group.add_argument("--checkpoint_every", type=int, default=100, metavar="N", help="steps (default: %(default)s)")
     group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint under the output path")
-    group.add_argument("--sample_prompt", action="append", default=[], metavar="TEXT",
-                       help="draw this at every checkpoint (repeatable)")
+    group.add_argument(
+        "--sample_prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="draw this at every checkpoint (repeatable)",
+    )
     group.add_argument("--sample_steps", type=int, default=20, help="of these pictures (default: %(default)s)")
     group.add_argument("--sample_cfg", type=float, default=5.0, help="of these pictures (default: %(default)s)")
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: the best there is)")

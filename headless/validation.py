@@ -53,8 +53,10 @@ def validate_prompt(graph: Graph, outputs: Iterable[str] | None = None) -> Valid
     error = _check_classes(graph)
     if error:
         return Validation(targets=(), error=error, node_errors={})
-    wanted = [str(node_id) for node_id in outputs] if outputs is not None else (
-        [node_id for node_id in graph.prompt if graph.is_output(node_id)]
+    wanted = (
+        [str(node_id) for node_id in outputs]
+        if outputs is not None
+        else ([node_id for node_id in graph.prompt if graph.is_output(node_id)])
     )
     missing = [node_id for node_id in wanted if node_id not in graph.prompt]
     if missing or not wanted:

@@ -87,8 +87,10 @@ def is_api_prompt(workflow: object) -> bool:
 
 def describe_non_workflow(workflow: object) -> str:
     """Says what was found in a workflow's place, and what was expected."""
-    found = f"an object with the keys {sorted(workflow)[:6]}" if isinstance(workflow, Mapping) else (
-        f"a {type(workflow).__name__}"
+    found = (
+        f"an object with the keys {sorted(workflow)[:6]}"
+        if isinstance(workflow, Mapping)
+        else (f"a {type(workflow).__name__}")
     )
     return (
         f"JSON, but not a ComfyUI workflow: it is {found}. Expected an object with a list `nodes` (UI format), or "

@@ -269,9 +269,7 @@ def build_optimizer(parameters: Sequence[nn.Parameter], options: TrainingOptions
             try:
                 from prodigyopt import Prodigy
             except ImportError as error:
-                raise TrainingError(
-                    "optimizer prodigy needs prodigyopt. Install it: pip install prodigyopt"
-                ) from error
+                raise TrainingError("optimizer prodigy needs prodigyopt. Install it: pip install prodigyopt") from error
             return Prodigy(parameters, **settings, use_bias_correction=True, safeguard_warmup=True)
     return torch.optim.AdamW(parameters, **settings)
 
@@ -332,9 +330,7 @@ def build_accelerator(options: TrainingOptions, device: torch.device) -> Acceler
     return accelerator
 
 
-def get_settings(
-    unet: nn.Module, data: TrainingData, options: TrainingOptions, num_processes: int
-) -> dict[str, Any]:
+def get_settings(unet: nn.Module, data: TrainingData, options: TrainingOptions, num_processes: int) -> dict[str, Any]:
     """Gives what must be the same when a run goes on, as plain values."""
     settings = asdict(options)
     for name in ("checkpoint_every", "sample_prompts", "sample_steps", "sample_guidance_scale"):
@@ -475,9 +471,7 @@ class _Run:
             return
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(
-                get_seed(self.options.seed, "dropout", self.step, index, self.accelerator.process_index)
-            )
+            torch.manual_seed(get_seed(self.options.seed, "dropout", self.step, index, self.accelerator.process_index))
             yield
 
     def _check_loss(self, loss: torch.Tensor, batch: Batch) -> float:

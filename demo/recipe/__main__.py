@@ -115,12 +115,19 @@ def log_progress(place: Workplace, step: int, prompts: int = 12) -> None:
         return
     model, classifier = load_demo_model(place.folder), load_classifier(place.classifier)
     rng = np.random.default_rng(step)
-    chosen = [pair for combinations in (SEEN, HELD_OUT) for language in LANGUAGES
-              for pair in choose_prompts(combinations, language, prompts, rng)]
+    chosen = [
+        pair
+        for combinations in (SEEN, HELD_OUT)
+        for language in LANGUAGES
+        for pair in choose_prompts(combinations, language, prompts, rng)
+    ]
     pictures = model.draw([prompt for prompt, _ in chosen], step, 4.0, EvaluationOptions())
     scores = judge(pictures, [combination for _, combination in chosen], classifier)
-    logger.info("unet step %d judged: %s", step, ", ".join(
-        f"{key} {np.mean([score[key] for score in scores]):.3f}" for key in scores[0]))
+    logger.info(
+        "unet step %d judged: %s",
+        step,
+        ", ".join(f"{key} {np.mean([score[key] for score in scores]):.3f}" for key in scores[0]),
+    )
 
 
 # In the order in which they need each other; a part that is there already is kept.
@@ -137,8 +144,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Makes every part that is missing."""
     defaults = UNetOptions()
     parser = argparse.ArgumentParser(prog="python -m kolors_nodes.demo.recipe", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("build/kolors-shapes"),
-                        help="folder of the model; parts that are there already are kept (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/kolors-shapes"),
+        help="folder of the model; parts that are there already are kept (default: %(default)s)",
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="make these parts only")
     parser.add_argument("--unet-steps", type=int, default=defaults.steps, help="training steps (default: %(default)s)")
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile (no C++ compiler)")

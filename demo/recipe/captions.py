@@ -16,10 +16,29 @@ LANGUAGES = ("en", "zh")
 EXTRA_SHAPES = ("cross", "heart", "diamond", "pentagon", "ring", "arrow")
 EXTRA_COLOURS = ("pink", "cyan", "brown")
 
-CHINESE_SHAPES = {"circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "星形", "cross": "十字",
-                  "heart": "心形", "diamond": "菱形", "pentagon": "五边形", "ring": "圆环", "arrow": "箭头"}
-CHINESE_COLOURS = {"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色", "purple": "紫色",
-                   "orange": "橙色", "pink": "粉色", "cyan": "青色", "brown": "棕色"}
+CHINESE_SHAPES = {
+    "circle": "圆形",
+    "square": "正方形",
+    "triangle": "三角形",
+    "star": "星形",
+    "cross": "十字",
+    "heart": "心形",
+    "diamond": "菱形",
+    "pentagon": "五边形",
+    "ring": "圆环",
+    "arrow": "箭头",
+}
+CHINESE_COLOURS = {
+    "red": "红色",
+    "green": "绿色",
+    "blue": "蓝色",
+    "yellow": "黄色",
+    "purple": "紫色",
+    "orange": "橙色",
+    "pink": "粉色",
+    "cyan": "青色",
+    "brown": "棕色",
+}
 CHINESE_BACKGROUNDS = {"white": "白色", "black": "黑色", "grey": "灰色"}
 # Other words people use for the same thing.
 SYNONYMS = {
@@ -111,8 +130,11 @@ def get_captions(combination: Combination, language: str) -> list[str]:
     """Returns every standard phrasing of a combination in "en" or "zh"."""
     if language == "en":
         return [fill_english(template, combination) for template in ENGLISH_TEMPLATES]
-    words = {"shape": CHINESE_SHAPES[combination.shape], "colour": CHINESE_COLOURS[combination.colour],
-             "background": CHINESE_BACKGROUNDS[combination.background]}
+    words = {
+        "shape": CHINESE_SHAPES[combination.shape],
+        "colour": CHINESE_COLOURS[combination.colour],
+        "background": CHINESE_BACKGROUNDS[combination.background],
+    }
     return [template.format(**words) for template in CHINESE_TEMPLATES]
 
 
@@ -120,8 +142,10 @@ def get_open_captions(combination: Combination, language: str) -> list[str]:
     """Returns the phrasings that name shape and colour and leave the background open."""
     if language == "en":
         return [fill_english(template, combination) for template in ENGLISH_OPEN_TEMPLATES]
-    return [template.format(shape=CHINESE_SHAPES[combination.shape], colour=CHINESE_COLOURS[combination.colour])
-            for template in CHINESE_OPEN_TEMPLATES]
+    return [
+        template.format(shape=CHINESE_SHAPES[combination.shape], colour=CHINESE_COLOURS[combination.colour])
+        for template in CHINESE_OPEN_TEMPLATES
+    ]
 
 
 def get_synonymous_captions(combination: Combination, language: str) -> list[str]:

@@ -60,7 +60,8 @@ class Classifier(nn.Module):
         super().__init__()
         widths = (3, 24, 48, 64, 96)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True))
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
         self.hidden = nn.Linear(widths[-1] * 16, 96)
         self.heads = nn.ModuleDict({name: nn.Linear(96, len(classes)) for name, classes in CLASSES.items()})
@@ -109,8 +110,9 @@ def draw_judged_picture(rng: np.random.Generator) -> tuple[np.ndarray, dict[str,
 
 
 @torch.no_grad()
-def draw_dataset(count: int, vae: AutoencoderKL | None,
-                 rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def draw_dataset(
+    count: int, vae: AutoencoderKL | None, rng: np.random.Generator
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Draws pictures (N, 3, H, W) in [-1, 1] and labels (N,) per attribute.
 
     Half are degraded (blur, JPEG, cast, noise); with a VAE, a third is passed through it as well, because what
@@ -119,12 +121,13 @@ def draw_dataset(count: int, vae: AutoencoderKL | None,
     drawn = [draw_judged_picture(rng) for _ in range(count)]
     pictures = to_tensor([degrade(picture, rng) if rng.random() < 0.5 else picture for picture, _ in drawn])
     if vae is not None:
-        for part in torch.from_numpy(rng.permutation(count)[:count // 3]).split(32):
+        for part in torch.from_numpy(rng.permutation(count)[: count // 3]).split(32):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 decoded = vae.decode(vae.encode(pictures[part]).latent_dist.sample()).sample
             pictures[part] = decoded.float().clamp(-1, 1)
-    labels = {name: torch.tensor([classes.index(names[name]) for _, names in drawn])
-              for name, classes in CLASSES.items()}
+    labels = {
+        name: torch.tensor([classes.index(names[name]) for _, names in drawn]) for name, classes in CLASSES.items()
+    }
     return pictures, labels
 
 
@@ -148,21 +151,28 @@ def train_classifier(vae: AutoencoderKL, options: ClassifierOptions) -> Classifi
         loss.backward()
         optimizer.step()
         if step % 100 == 0:
-            logger.info("classifier step %d/%d loss %.3f, %.0f s", step, options.steps, loss.item(),
-                        time.monotonic() - started)
+            logger.info(
+                "classifier step %d/%d loss %.3f, %.0f s", step, options.steps, loss.item(), time.monotonic() - started
+            )
     return classifier.eval()
 
 
 def save_classifier(classifier: Classifier, path: Path) -> None:
     """Writes the classifier in float16."""
-    save_file({name: tensor.half() if tensor.is_floating_point() else tensor
-               for name, tensor in classifier.state_dict().items()}, path)
+    save_file(
+        {
+            name: tensor.half() if tensor.is_floating_point() else tensor
+            for name, tensor in classifier.state_dict().items()
+        },
+        path,
+    )
 
 
 def load_classifier(path: Path = CLASSIFIER_PATH) -> Classifier:
     """Reads the committed classifier."""
     classifier = Classifier()
-    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
-               for name, tensor in load_file(path).items()}
+    tensors = {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()
+    }
     classifier.load_state_dict(tensors)
     return classifier.eval()

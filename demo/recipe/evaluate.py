@@ -51,9 +51,18 @@ class DemoModel:
     def draw(self, prompts: list[str], seed: int, guidance_scale: float, options: EvaluationOptions) -> torch.Tensor:
         """Draws one picture per prompt, (B, H, W, 3) in [0, 1]; the noise is drawn for the batch as a whole."""
         embeds = encode_prompts(self.text_encoder, self.tokenizer, prompts, [""] * len(prompts))
-        latents = sample(self.unet, embeds, SamplingOptions(
-            num_inference_steps=options.num_inference_steps, guidance_scale=guidance_scale,
-            scheduler=options.scheduler, height=RESOLUTION, width=RESOLUTION, seed=seed))
+        latents = sample(
+            self.unet,
+            embeds,
+            SamplingOptions(
+                num_inference_steps=options.num_inference_steps,
+                guidance_scale=guidance_scale,
+                scheduler=options.scheduler,
+                height=RESOLUTION,
+                width=RESOLUTION,
+                seed=seed,
+            ),
+        )
         return self.vae.decode(latents / SCALING_FACTOR)
 
 
@@ -67,8 +76,9 @@ def load_demo_model(folder: Path = MODEL_FOLDER) -> DemoModel:
     )
 
 
-def choose_prompts(combinations: tuple[Combination, ...], language: str, count: int,
-                   rng: np.random.Generator) -> list[tuple[str, Combination]]:
+def choose_prompts(
+    combinations: tuple[Combination, ...], language: str, count: int, rng: np.random.Generator
+) -> list[tuple[str, Combination]]:
     """Chooses `count` different prompts, spread evenly over combinations, in random phrasings."""
     chosen: dict[str, Combination] = {}
     while len(chosen) < count:
@@ -127,8 +137,10 @@ def get_classifier_accuracy(classifier: Classifier, count: int = 2000, seed: int
         which many show a shape, colour or background without a name ("with others: …").
     """
     rng = np.random.default_rng(seed)
-    named = [Combination(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), str(rng.choice(list(BACKGROUNDS))))
-             for _ in range(count)]
+    named = [
+        Combination(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), str(rng.choice(list(BACKGROUNDS))))
+        for _ in range(count)
+    ]
     pictures = to_tensor([render(c.shape, c.colour, c.background, draw_placement(rng)) for c in named])
     read = [names for part in pictures.split(250) for names in classifier.read(part)]
     accuracy = {"named": float(np.mean([names == asdict(c) for names, c in zip(read, named, strict=True)]))}
@@ -136,8 +148,9 @@ def get_classifier_accuracy(classifier: Classifier, count: int = 2000, seed: int
     pictures = to_tensor([picture for picture, _ in drawn])
     read = [names for part in pictures.split(250) for names in classifier.read(part)]
     for name in CLASSES:
-        accuracy[f"with others: {name}"] = float(np.mean(
-            [names[name] == labels[name] for names, (_, labels) in zip(read, drawn, strict=True)]))
+        accuracy[f"with others: {name}"] = float(
+            np.mean([names[name] == labels[name] for names, (_, labels) in zip(read, drawn, strict=True)])
+        )
     return accuracy
 
 
@@ -151,8 +164,9 @@ def measure_seconds(model: DemoModel, options: EvaluationOptions, repeats: int =
     return float(np.median(seconds))
 
 
-def evaluate(model: DemoModel, classifier: Classifier,
-             options: EvaluationOptions) -> tuple[list[dict[str, float | str]], list[np.ndarray]]:
+def evaluate(
+    model: DemoModel, classifier: Classifier, options: EvaluationOptions
+) -> tuple[list[dict[str, float | str]], list[np.ndarray]]:
     """Draws and judges every group at every guidance scale.
 
     Returns:
@@ -167,8 +181,16 @@ def evaluate(model: DemoModel, classifier: Classifier,
                 drawn = [model.draw(prompts, seed, scale, options) for seed in range(options.seeds)]
                 scores = [score for pictures in drawn for score in judge(pictures, named, classifier)]
                 means = {key: float(np.mean([score[key] for score in scores])) for key in scores[0]}
-                rows.append({"combinations": name, "language": language, "cfg": scale, "pictures": len(scores),
-                             **means, "worst_iou": min(score["iou"] for score in scores)})
+                rows.append(
+                    {
+                        "combinations": name,
+                        "language": language,
+                        "cfg": scale,
+                        "pictures": len(scores),
+                        **means,
+                        "worst_iou": min(score["iou"] for score in scores),
+                    }
+                )
                 grid = torch.stack(drawn).permute(0, 2, 1, 3, 4).reshape(options.seeds * RESOLUTION, -1, 3)
                 sheets.append((grid.numpy() * 255).astype(np.uint8))
     return rows, sheets
@@ -182,26 +204,34 @@ def format_table(rows: list[dict[str, float | str]]) -> str:
         lines.append(
             f"{row['combinations']:<13}{row['language']:<6}{row['cfg']:>4.1f}{row['pictures']:>5}"
             f"{row['background']:>9.3f}{row['colour']:>8.3f}{row['shape']:>8.3f}{row['all']:>8.3f}"
-            f"{row['iou']:>8.3f}{row['worst_iou']:>8.3f}")
+            f"{row['iou']:>8.3f}{row['worst_iou']:>8.3f}"
+        )
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluates and prints; the exit status is 0 whatever the figures are."""
     parser = argparse.ArgumentParser(prog="python -m kolors_nodes.demo.recipe.evaluate", description=__doc__)
-    parser.add_argument("--model", type=Path, default=MODEL_FOLDER, 
-                        help="folder of the model (default: the bundled one)")
+    parser.add_argument(
+        "--model", type=Path, default=MODEL_FOLDER, help="folder of the model (default: the bundled one)"
+    )
     parser.add_argument("--prompts", type=int, default=EvaluationOptions.prompts, help="prompts per group")
     parser.add_argument("--seeds", type=int, default=EvaluationOptions.seeds, help="pictures per prompt")
     parser.add_argument("--steps", type=int, default=EvaluationOptions.num_inference_steps, help="sampling steps")
-    parser.add_argument("--cfg", type=float, nargs="+", default=list(EvaluationOptions.guidance_scales),
-                        help="guidance scales")
+    parser.add_argument(
+        "--cfg", type=float, nargs="+", default=list(EvaluationOptions.guidance_scales), help="guidance scales"
+    )
     parser.add_argument("--scheduler", default=EvaluationOptions.scheduler, help="a name of Kolors' scheduler table")
     parser.add_argument("--sheet", type=Path, help="write all pictures as one PNG: a block of seeds x prompts per row")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     chosen = parser.parse_args(arguments)
-    options = EvaluationOptions(prompts=chosen.prompts, seeds=chosen.seeds, num_inference_steps=chosen.steps,
-                                guidance_scales=tuple(chosen.cfg), scheduler=chosen.scheduler)
+    options = EvaluationOptions(
+        prompts=chosen.prompts,
+        seeds=chosen.seeds,
+        num_inference_steps=chosen.steps,
+        guidance_scales=tuple(chosen.cfg),
+        scheduler=chosen.scheduler,
+    )
     model, classifier = load_demo_model(chosen.model), load_classifier()
     accuracy = get_classifier_accuracy(classifier)
     seconds = measure_seconds(model, options)
@@ -209,8 +239,12 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.sheet:
         Image.fromarray(np.concatenate(sheets)).save(chosen.sheet)
     if chosen.json:
-        print(json.dumps({"classifier": accuracy, "seconds_per_picture": seconds, "options": asdict(options),
-                          "rows": rows}, indent=2))
+        print(
+            json.dumps(
+                {"classifier": accuracy, "seconds_per_picture": seconds, "options": asdict(options), "rows": rows},
+                indent=2,
+            )
+        )
         return 0
     print("classifier, read right: " + ", ".join(f"{name} {value:.4f}" for name, value in accuracy.items()))
     print(f"one picture, {options.num_inference_steps} steps: {seconds:.2f} s on {torch.get_num_threads()} threads")

@@ -98,17 +98,30 @@ def prepare_data(model: DemoModel, new: tuple[Combination, ...], options: LoraOp
             pictures.append(paint(mask, colour, BACKGROUNDS[combination.background]))
         autoencoder = model.vae.autoencoder
         latents.append(autoencoder.encode(to_tensor(pictures)).latent_dist.mean * autoencoder.config.scaling_factor)
-    captions = [[caption for language in LANGUAGES for caption in get_captions(combination, language)]
-                for combination in combinations]
+    captions = [
+        [caption for language in LANGUAGES for caption in get_captions(combination, language)]
+        for combination in combinations
+    ]
     texts = [caption for each in captions for caption in each]
     rows, mask, pooled = encode_captions(model.text_encoder, model.tokenizer, texts)
     first_caption = torch.tensor([0, *map(len, captions)]).cumsum(0)
-    return LoraData(latents=torch.cat(latents), combination=torch.tensor(chosen), first_caption=first_caption,
-                    rows=rows, mask=mask, pooled=pooled)
+    return LoraData(
+        latents=torch.cat(latents),
+        combination=torch.tensor(chosen),
+        first_caption=first_caption,
+        rows=rows,
+        mask=mask,
+        pooled=pooled,
+    )
 
 
-def get_loss(unet: torch.nn.Module, data: LoraData, alphas_cumprod: torch.Tensor, options: LoraOptions,
-             generator: torch.Generator) -> torch.Tensor:
+def get_loss(
+    unet: torch.nn.Module,
+    data: LoraData,
+    alphas_cumprod: torch.Tensor,
+    options: LoraOptions,
+    generator: torch.Generator,
+) -> torch.Tensor:
     """Noise prediction error of a batch, weighted as in the UNet's own training."""
     size, total = options.batch_size, len(alphas_cumprod)
     pick = torch.randint(options.new_pictures, (size // 2 if options.old_pictures else size,), generator=generator)
@@ -124,7 +137,10 @@ def get_loss(unet: torch.nn.Module, data: LoraData, alphas_cumprod: torch.Tensor
     alpha = alphas_cumprod[timesteps]
     noisy = alpha.sqrt()[:, None, None, None] * data.latents[pick] + (1 - alpha).sqrt()[:, None, None, None] * noise
     predicted = unet(
-        noisy, timesteps, encoder_hidden_states=data.rows[caption], encoder_attention_mask=data.mask[caption],
+        noisy,
+        timesteps,
+        encoder_hidden_states=data.rows[caption],
+        encoder_attention_mask=data.mask[caption],
         added_cond_kwargs={"text_embeds": data.pooled[caption], "time_ids": get_time_ids(size)},
     ).sample
     error = (predicted - noise).square().mean((1, 2, 3))
@@ -139,8 +155,7 @@ def train_lora(base: UNet2DConditionModel, data: LoraData, options: LoraOptions)
     import peft
 
     torch.manual_seed(options.seed)
-    config = peft.LoraConfig(r=options.rank, lora_alpha=options.alpha,
-                             target_modules=list(TARGET_MODULES))
+    config = peft.LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=list(TARGET_MODULES))
     unet = peft.inject_adapter_in_model(config, copy.deepcopy(base))
     unet.set_attn_processor(AttnProcessor())  # faster backwards on a CPU
     trained = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
@@ -174,8 +189,13 @@ def main(arguments: list[str] | None = None) -> int:
     for name in [chosen.only] if chosen.only else CONCEPTS:
         combinations, options = CONCEPTS[name]
         lora = train_lora(model.unet, prepare_data(model, combinations, options), options)
-        metadata = {"base_model": "kolors-shapes", "concept": name, "steps": str(options.steps),
-                    "learning_rate": f"{options.learning_rate:g}", "seed": str(options.seed)}
+        metadata = {
+            "base_model": "kolors-shapes",
+            "concept": name,
+            "steps": str(options.steps),
+            "learning_rate": f"{options.learning_rate:g}",
+            "seed": str(options.seed),
+        }
         logger.info("wrote %s", save_lora(lora, chosen.out / f"{name}.safetensors", KOHYA, metadata=metadata))
     return 0
 

@@ -49,6 +49,7 @@ def get_outline(shape: str, rng: np.random.Generator | None = None) -> np.ndarra
     Raises:
         ValueError: `shape` is neither in SHAPES nor in OTHER_SHAPES.
     """
+
     def ring(count: int, radius: float | np.ndarray = 1.0, start: float = -math.pi / 2) -> np.ndarray:
         angles = start + np.arange(count) * 2 * math.pi / count
         return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.reshape(radius, (-1, 1))
@@ -64,8 +65,9 @@ def get_outline(shape: str, rng: np.random.Generator | None = None) -> np.ndarra
         return ring(10, np.where(np.arange(10) % 2 == 0, 1.05, 0.47)) + (0.0, 0.08)
     if shape == "cross":
         a = 0.36
-        return np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a),
-                         (-1, -a), (-a, -a)])
+        return np.array(
+            [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
+        )
     if shape in ("pentagon", "diamond"):
         return ring(5 if shape == "pentagon" else 4)
     if shape == "bar":
@@ -128,6 +130,7 @@ def draw_wild_picture(rng: np.random.Generator) -> np.ndarray:
     Half of the colours are the palette's; the rest is free, because a VAE that knows the palette alone could
     never let a LoRA teach a new colour.
     """
+
     def colour(palette: dict[str, tuple[int, int, int]]) -> tuple[int, ...]:
         named = list(palette.values())
         return named[rng.integers(len(named))] if rng.random() < 0.5 else tuple(rng.uniform(0, 255, 3))
@@ -139,8 +142,9 @@ def draw_wild_picture(rng: np.random.Generator) -> np.ndarray:
             placement = draw_placement(rng)
         else:
             x, y = rng.uniform(0.2, 0.8, 2) * RESOLUTION
-            placement = Placement(x=x, y=y, diameter=rng.uniform(0.2, 0.9) * RESOLUTION,
-                                  turn=rng.uniform(0, 2 * math.pi))
+            placement = Placement(
+                x=x, y=y, diameter=rng.uniform(0.2, 0.9) * RESOLUTION, turn=rng.uniform(0, 2 * math.pi)
+            )
         picture = paint(render_mask(shape, placement, rng), colour(COLOURS), picture)
     return np.asarray(picture, np.float32)
 

@@ -92,8 +92,7 @@ def init_(encoder: TextEncoder) -> None:
             nn.init.constant_(parameter, 1.0 if "norm" in name else 0.0)
 
 
-def draw_labelled_caption(rng: np.random.Generator,
-                          extra: list[Combination]) -> tuple[str, dict[str, str]]:
+def draw_labelled_caption(rng: np.random.Generator, extra: list[Combination]) -> tuple[str, dict[str, str]]:
     """Draws a caption of a seen combination or, one time in four, of a word the UNet is not shown."""
     kind = rng.random()
     pool = extra if kind < 0.25 else SEEN
@@ -107,8 +106,9 @@ def draw_labelled_caption(rng: np.random.Generator,
     return draw_caption(combination, rng), names
 
 
-def get_loss(reader: CaptionReader, batch: TokenBatch, labels: dict[str, torch.Tensor],
-             options: TextEncoderOptions) -> tuple[torch.Tensor, float]:
+def get_loss(
+    reader: CaptionReader, batch: TokenBatch, labels: dict[str, torch.Tensor], options: TextEncoderOptions
+) -> tuple[torch.Tensor, float]:
     """Attribute cross entropy, next-token loss, and a pull of every row to root mean square 1.
 
     The last one keeps rows and pooled vector in the range in which a UNet's linear layers learn well.
@@ -146,35 +146,51 @@ def train_text_encoder(tokenizer: Tokenizer, options: TextEncoderOptions) -> Tex
     started = time.monotonic()
     for step in range(options.steps):
         for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * min(1, (step + 1) / 50) * (
-                0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / options.steps)))
+            group["lr"] = (
+                options.learning_rate
+                * min(1, (step + 1) / 50)
+                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / options.steps)))
+            )
         drawn = [draw_labelled_caption(rng, extra) for _ in range(options.batch_size)]
         batch = TokenBatch.from_ids([tokenizer.encode(caption) for caption, _ in drawn], tokenizer.pad_token_id)
-        labels = {name: torch.tensor([classes.index(names[name]) for _, names in drawn])
-                  for name, classes in CLASSES.items()}
+        labels = {
+            name: torch.tensor([classes.index(names[name]) for _, names in drawn]) for name, classes in CLASSES.items()
+        }
         loss, accuracy = get_loss(reader, batch, labels, options)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 0 or step == options.steps - 1:
-            logger.info("text encoder step %d/%d loss %.3f read right %.3f, %.0f s", step, options.steps,
-                        loss.item(), accuracy, time.monotonic() - started)
+            logger.info(
+                "text encoder step %d/%d loss %.3f read right %.3f, %.0f s",
+                step,
+                options.steps,
+                loss.item(),
+                accuracy,
+                time.monotonic() - started,
+            )
     for language in LANGUAGES:
-        logger.info("captions of held-out combinations read right (%s): %.3f", language,
-                    get_held_out_accuracy(reader, tokenizer, language))
+        logger.info(
+            "captions of held-out combinations read right (%s): %.3f",
+            language,
+            get_held_out_accuracy(reader, tokenizer, language),
+        )
     return encoder
 
 
 @torch.no_grad()
 def get_held_out_accuracy(reader: CaptionReader, tokenizer: Tokenizer, language: str) -> float:
     """Returns the share of held-out captions in which shape, colour and background are all read right."""
-    drawn = [(caption, asdict(combination)) for combination in HELD_OUT
-             for caption in get_captions(combination, language)]
+    drawn = [
+        (caption, asdict(combination)) for combination in HELD_OUT for caption in get_captions(combination, language)
+    ]
     batch = TokenBatch.from_ids([tokenizer.encode(caption) for caption, _ in drawn], tokenizer.pad_token_id)
     pooled = reader(batch)[2]
-    right = [reader.heads[name](pooled).argmax(1) == torch.tensor([classes.index(names[name]) for _, names in drawn])
-             for name, classes in CLASSES.items()]
+    right = [
+        reader.heads[name](pooled).argmax(1) == torch.tensor([classes.index(names[name]) for _, names in drawn])
+        for name, classes in CLASSES.items()
+    ]
     return torch.stack(right).all(0).float().mean().item()
 
 

@@ -165,8 +165,9 @@ def fold_time_ids_(unet: UNet2DConditionModel) -> None:
 
 
 @torch.no_grad()
-def encode_captions(encoder: TextEncoder, tokenizer: Tokenizer,
-                    captions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def encode_captions(
+    encoder: TextEncoder, tokenizer: Tokenizer, captions: list[str]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Encodes captions in compact form: rows (K, S, D), mask (K, S), pooled (K, D).
 
     All pad rows of a prompt are equal, so 256 rows are exactly one pad row with log(number of pads) added to
@@ -182,8 +183,7 @@ def encode_captions(encoder: TextEncoder, tokenizer: Tokenizer,
 
 
 @torch.no_grad()
-def prepare_data(vae: AutoencoderKL, encoder: TextEncoder, tokenizer: Tokenizer,
-                 options: UNetOptions) -> TrainingData:
+def prepare_data(vae: AutoencoderKL, encoder: TextEncoder, tokenizer: Tokenizer, options: UNetOptions) -> TrainingData:
     """Renders and encodes the pictures and captions of the combinations in training."""
     rng = np.random.default_rng(options.seed)
     combination = rng.permutation(np.arange(options.pictures) % len(SEEN))
@@ -195,11 +195,16 @@ def prepare_data(vae: AutoencoderKL, encoder: TextEncoder, tokenizer: Tokenizer,
             mean = vae.encode(to_tensor(pictures)).latent_dist.mean
         latents.append(mean.float() * vae.config.scaling_factor)
     count = options.captions_per_combination
-    captions = [draw_caption(c, rng, leave_background_open=index % 20 == 0)
-                for c in SEEN for index in range(count)]
+    captions = [draw_caption(c, rng, leave_background_open=index % 20 == 0) for c in SEEN for index in range(count)]
     rows, mask, pooled = encode_captions(encoder, tokenizer, [*captions, *EMPTY_CAPTIONS])
-    return TrainingData(latents=torch.cat(latents), combination=torch.from_numpy(combination), rows=rows, mask=mask,
-                        pooled=pooled, captions_per_combination=count)
+    return TrainingData(
+        latents=torch.cat(latents),
+        combination=torch.from_numpy(combination),
+        rows=rows,
+        mask=mask,
+        pooled=pooled,
+        captions_per_combination=count,
+    )
 
 
 def get_learning_rate(step: int, options: UNetOptions) -> float:
@@ -210,8 +215,9 @@ def get_learning_rate(step: int, options: UNetOptions) -> float:
     return options.learning_rate * factor * min(1.0, (step + 1) / options.warmup_steps)
 
 
-def get_loss(unet: nn.Module, data: TrainingData, alphas_cumprod: torch.Tensor, options: UNetOptions,
-             generator: torch.Generator) -> torch.Tensor:
+def get_loss(
+    unet: nn.Module, data: TrainingData, alphas_cumprod: torch.Tensor, options: UNetOptions, generator: torch.Generator
+) -> torch.Tensor:
     """Noise prediction error of one random batch, each sample weighted with min(1 / alpha-bar, a maximum).
 
     That weight makes it the error of velocity prediction, which does not neglect the high noise where
@@ -233,7 +239,9 @@ def get_loss(unet: nn.Module, data: TrainingData, alphas_cumprod: torch.Tensor, 
     noisy = alpha.sqrt()[:, None, None, None] * latents + (1 - alpha).sqrt()[:, None, None, None] * noise
     with torch.autocast("cpu", dtype=torch.bfloat16):
         predicted = unet(
-            noisy, timesteps, encoder_hidden_states=data.rows[caption],
+            noisy,
+            timesteps,
+            encoder_hidden_states=data.rows[caption],
             encoder_attention_mask=data.mask[caption],
             added_cond_kwargs={"text_embeds": data.pooled[caption], "time_ids": get_time_ids(size)},
         ).sample
@@ -241,8 +249,12 @@ def get_loss(unet: nn.Module, data: TrainingData, alphas_cumprod: torch.Tensor, 
     return (error * (1 / alpha).clamp(max=options.max_loss_weight)).mean()
 
 
-def train_unet(data: TrainingData, options: UNetOptions, checkpoint: Path,
-               on_checkpoint: Callable[[UNet2DConditionModel, int], None]) -> UNet2DConditionModel:
+def train_unet(
+    data: TrainingData,
+    options: UNetOptions,
+    checkpoint: Path,
+    on_checkpoint: Callable[[UNet2DConditionModel, int], None],
+) -> UNet2DConditionModel:
     """Trains the UNet and returns its averaged weights.
 
     Args:
@@ -281,8 +293,12 @@ def train_unet(data: TrainingData, options: UNetOptions, checkpoint: Path,
         if step % 50 == 0:
             logger.info("unet step %d/%d loss %.4f, %.0f s", step, options.steps, running, time.monotonic() - started)
         if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
-            state = {"unet": unet.state_dict(), "average": average.module.state_dict(),
-                     "optimizer": optimizer.state_dict(), "step": step + 1}
+            state = {
+                "unet": unet.state_dict(),
+                "average": average.module.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+            }
             torch.save(state, checkpoint)
             on_checkpoint(average.module, step + 1)
     return average.module.eval()

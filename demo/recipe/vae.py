@@ -72,11 +72,10 @@ def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
 def draw_crop(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """Cuts a random square of `size` pixels."""
     y, x = rng.integers(0, RESOLUTION - size + 1, 2)
-    return picture[y:y + size, x:x + size]
+    return picture[y : y + size, x : x + size]
 
 
-def get_loss(vae: AutoencoderKL, pictures: torch.Tensor, kl_weight: float,
-             generator: torch.Generator) -> torch.Tensor:
+def get_loss(vae: AutoencoderKL, pictures: torch.Tensor, kl_weight: float, generator: torch.Generator) -> torch.Tensor:
     """Absolute plus squared error of the reconstruction, plus `kl_weight` nats per latent value."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         posterior = vae.encode(pictures).latent_dist
@@ -99,11 +98,15 @@ def train_vae(options: VAEOptions) -> AutoencoderKL:
     started = time.monotonic()
     for step in range(total):
         for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * min(1, (step + 1) / 50) * (
-                0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
+            group["lr"] = (
+                options.learning_rate
+                * min(1, (step + 1) / 50)
+                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
+            )
         if step < options.crop_steps:
-            pictures = [draw_crop(draw_wild_picture(rng), options.crop_size, rng)
-                        for _ in range(options.crop_batch_size)]
+            pictures = [
+                draw_crop(draw_wild_picture(rng), options.crop_size, rng) for _ in range(options.crop_batch_size)
+            ]
         else:
             pictures = [draw_wild_picture(rng) for _ in range(options.picture_batch_size)]
         loss = get_loss(vae, to_tensor(pictures), options.kl_weight, generator)
@@ -120,8 +123,9 @@ def train_vae(options: VAEOptions) -> AutoencoderKL:
     return tune_decoder(average.module, options)
 
 
-def get_decoder_loss(vae: AutoencoderKL, pictures: torch.Tensor, max_noise: float,
-                     generator: torch.Generator) -> torch.Tensor:
+def get_decoder_loss(
+    vae: AutoencoderKL, pictures: torch.Tensor, max_noise: float, generator: torch.Generator
+) -> torch.Tensor:
     """Absolute plus squared error of what the decoder makes of noisy latents; the encoder is not trained."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with torch.no_grad():
@@ -142,16 +146,23 @@ def tune_decoder(vae: AutoencoderKL, options: VAEOptions) -> AutoencoderKL:
     generator = torch.Generator().manual_seed(options.seed + 2)
     average = WeightAverage(vae, options.ema_decay)
     vae.requires_grad_(False)
-    parameters = [*vae.decoder.requires_grad_(True).parameters(),
-                  *vae.post_quant_conv.requires_grad_(True).parameters()]
+    parameters = [
+        *vae.decoder.requires_grad_(True).parameters(),
+        *vae.post_quant_conv.requires_grad_(True).parameters(),
+    ]
     optimizer = torch.optim.AdamW(parameters, lr=options.decoder_learning_rate, weight_decay=1e-4)
     started = time.monotonic()
     for step in range(options.decoder_steps):
         for group in optimizer.param_groups:
-            group["lr"] = options.decoder_learning_rate * min(1, (step + 1) / 50) * (
-                0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / options.decoder_steps)))
-        pictures = [draw_plain_picture(rng) if rng.random() < 0.6 else draw_wild_picture(rng)
-                    for _ in range(options.decoder_batch_size)]
+            group["lr"] = (
+                options.decoder_learning_rate
+                * min(1, (step + 1) / 50)
+                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / options.decoder_steps)))
+            )
+        pictures = [
+            draw_plain_picture(rng) if rng.random() < 0.6 else draw_wild_picture(rng)
+            for _ in range(options.decoder_batch_size)
+        ]
         loss = get_decoder_loss(vae, to_tensor(pictures), options.decoder_noise, generator)
         optimizer.zero_grad()
         loss.backward()
@@ -159,8 +170,13 @@ def tune_decoder(vae: AutoencoderKL, options: VAEOptions) -> AutoencoderKL:
         optimizer.step()
         average.update_(vae)
         if step % 100 == 0 or step == options.decoder_steps - 1:
-            logger.info("decoder step %d/%d loss %.4f, %.0f s", step, options.decoder_steps, loss.item(),
-                        time.monotonic() - started)
+            logger.info(
+                "decoder step %d/%d loss %.4f, %.0f s",
+                step,
+                options.decoder_steps,
+                loss.item(),
+                time.monotonic() - started,
+            )
     return average.module.eval()
 
 
@@ -168,8 +184,9 @@ def tune_decoder(vae: AutoencoderKL, options: VAEOptions) -> AutoencoderKL:
 def get_psnr(vae: AutoencoderKL, rng: np.random.Generator, count: int = 64) -> float:
     """Returns the mean peak signal-to-noise ratio in dB of `count` reconstructed pictures."""
     pictures = to_tensor([draw_wild_picture(rng) for _ in range(count)])
-    decoded = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1)
-                         for part in pictures.split(16)])
+    decoded = torch.cat(
+        [vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in pictures.split(16)]
+    )
     squared = ((decoded - pictures) / 2).square().mean((1, 2, 3))
     return float((-10 * squared.log10()).mean())
 

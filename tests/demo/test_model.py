@@ -27,8 +27,11 @@ def model():
 
 
 def test_layout_and_size():
-    files = {path.relative_to(MODEL_FOLDER).as_posix(): path.stat().st_size
-             for path in MODEL_FOLDER.rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(MODEL_FOLDER).as_posix(): path.stat().st_size
+        for path in MODEL_FOLDER.rglob("*")
+        if path.is_file()
+    }
     assert set(files) == {
         "model_index.json",
         "scheduler/scheduler_config.json",
@@ -51,7 +54,8 @@ def test_scheduler_is_that_of_kolors():
     loaded = EulerDiscreteScheduler.from_pretrained(MODEL_FOLDER / "scheduler")
     expected = build_scheduler()
     assert {key: value for key, value in loaded.config.items() if not key.startswith("_")} == {
-        key: value for key, value in expected.config.items() if not key.startswith("_")}
+        key: value for key, value in expected.config.items() if not key.startswith("_")
+    }
 
 
 def test_diffusers_reads_unet_and_vae():
@@ -64,8 +68,9 @@ def test_diffusers_encoder_agrees(model):
     chatglm = pytest.importorskip("diffusers.pipelines.kolors", reason="needs transformers: pip install '.[test]'")
     config = chatglm.ChatGLMModel.config_class.from_pretrained(MODEL_FOLDER / "text_encoder")
     oracle = chatglm.ChatGLMModel(config).eval()
-    tensors = {name: tensor.float() for name, tensor in load_file(
-        MODEL_FOLDER / "text_encoder" / "model.safetensors").items()}
+    tensors = {
+        name: tensor.float() for name, tensor in load_file(MODEL_FOLDER / "text_encoder" / "model.safetensors").items()
+    }
     missing, unexpected = oracle.load_state_dict(tensors, strict=False)
     assert set(missing) <= {"output_layer.weight", "rotary_pos_emb.inv_freq"} and not unexpected
     prompt = "白色背景上的红色圆形"
@@ -74,8 +79,12 @@ def test_diffusers_encoder_agrees(model):
     ids = model.tokenizer.encode(prompt)
     assert inputs["input_ids"][0].tolist() == [model.tokenizer.pad_token_id] * (256 - len(ids)) + ids
     with torch.no_grad():
-        expected = oracle(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-                          position_ids=inputs["position_ids"], output_hidden_states=True).hidden_states
+        expected = oracle(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=inputs["position_ids"],
+            output_hidden_states=True,
+        ).hidden_states
     from kolors_nodes.kolors.text_encoder import TokenBatch
 
     with torch.no_grad():
@@ -103,8 +112,9 @@ def test_tokenizer_folds_case_and_knows_every_text(model):
 @pytest.mark.parametrize("guidance_scale", [3.0, 5.0])
 def test_pictures_show_what_captions_say(model, guidance_scale):
     combinations = [*SEEN[::17], *HELD_OUT[::4]]
-    prompts = [get_captions(combination, LANGUAGES[index % 2])[index % 7]
-               for index, combination in enumerate(combinations)]
+    prompts = [
+        get_captions(combination, LANGUAGES[index % 2])[index % 7] for index, combination in enumerate(combinations)
+    ]
     pictures = model.draw(prompts, 11, guidance_scale, EvaluationOptions())
     scores = judge(pictures, combinations, load_classifier())
     wrong = [(prompt, score) for prompt, score in zip(prompts, scores, strict=True) if score["all"] < 1]

@@ -90,8 +90,15 @@ def test_copy_path_returns_noise_at_the_start():
     unet = unet_recipe.build_unet()
     noise = torch.randn(4, 4, 16, 16)
     with torch.no_grad():
-        predicted = unet(noise, 1000, torch.randn(4, 5, unet_recipe.HIDDEN_SIZE), added_cond_kwargs={
-            "text_embeds": torch.randn(4, unet_recipe.HIDDEN_SIZE), "time_ids": unet_recipe.get_time_ids(4)}).sample
+        predicted = unet(
+            noise,
+            1000,
+            torch.randn(4, 5, unet_recipe.HIDDEN_SIZE),
+            added_cond_kwargs={
+                "text_embeds": torch.randn(4, unet_recipe.HIDDEN_SIZE),
+                "time_ids": unet_recipe.get_time_ids(4),
+            },
+        ).sample
     # Exact up to the group norm, which takes each picture's own deviation for 1.
     assert (predicted - noise).square().mean() < 0.02
 
@@ -133,9 +140,13 @@ def test_unet_training_lowers_the_loss():
     options = unet_recipe.UNetOptions(batch_size=8, compile=False)
     count = len(SEEN) * 2
     data = unet_recipe.TrainingData(
-        latents=torch.randn(4, 1, 1, 1).repeat(1, 4, 16, 16), combination=torch.arange(4),
-        rows=torch.randn(count + 2, 5, unet_recipe.HIDDEN_SIZE), mask=torch.ones(count + 2, 5),
-        pooled=torch.randn(count + 2, unet_recipe.HIDDEN_SIZE), captions_per_combination=2)
+        latents=torch.randn(4, 1, 1, 1).repeat(1, 4, 16, 16),
+        combination=torch.arange(4),
+        rows=torch.randn(count + 2, 5, unet_recipe.HIDDEN_SIZE),
+        mask=torch.ones(count + 2, 5),
+        pooled=torch.randn(count + 2, unet_recipe.HIDDEN_SIZE),
+        captions_per_combination=2,
+    )
     unet = unet_recipe.build_unet()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
     alphas_cumprod = unet_recipe.build_scheduler().alphas_cumprod

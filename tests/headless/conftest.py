@@ -41,6 +41,4 @@ def calls(stub_pack) -> list:
 @pytest.fixture
 def runner(stubs, tmp_path) -> Runner:
     """A runner over the stub pack, its folders under the test's own."""
-    return Runner(
-        stubs, models_dir=tmp_path / "models", input_dir=tmp_path / "input", output_dir=tmp_path / "output"
-    )
+    return Runner(stubs, models_dir=tmp_path / "models", input_dir=tmp_path / "input", output_dir=tmp_path / "output")

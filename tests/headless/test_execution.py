@@ -201,13 +201,16 @@ def test_a_failing_node_is_named_with_its_inputs(runner):
     result = runner.run(prompt)
     assert result.status == "error"
     error = result.error
-    assert error.items() >= {
-        "node_id": "2",
-        "node_type": "Fail",
-        "exception_type": "ValueError",
-        "exception_message": "broken",
-        "current_inputs": {"value": [3]},
-    }.items()
+    assert (
+        error.items()
+        >= {
+            "node_id": "2",
+            "node_type": "Fail",
+            "exception_type": "ValueError",
+            "exception_message": "broken",
+            "current_inputs": {"value": [3]},
+        }.items()
+    )
     assert "raise ValueError(text)" in "".join(error["traceback"])
     assert result.executed == ("1",)
     assert result.outputs == {}

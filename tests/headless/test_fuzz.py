@@ -79,6 +79,7 @@ def _get(value: Any, path: tuple[Any, ...]) -> Any:
 def run_damaged(stub_pack, tmp_path_factory):
     """Runs a graph as `kolors run` does, messages included."""
     import torch  # noqa: F401  loading it takes longer than any graph may
+
     folder = tmp_path_factory.mktemp("fuzz")
     runner = Runner(stub_pack.NODE_CLASS_MAPPINGS, output_dir=folder, input_dir=folder, models_dir=folder, device="cpu")
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 PLUGIN = "kolors_nodes.headless.pytest_plugin"
-PACK = '''
+PACK = """
 from .shapes import Square
 
 NODE_CLASS_MAPPINGS = {"Square": Square}
-'''
+"""
 SHAPES = '''
 import torch
 
@@ -40,7 +40,7 @@ class Square:
             folder_paths.get_output_directory()
         return {"ui": {"text": [f"{size} pixels"]}, "result": (torch.full((1, size, size, 3), grey),)}
 '''
-TESTS = '''
+TESTS = """
 import pytest
 
 
@@ -60,7 +60,7 @@ def test_a_bigger_square(run_workflow):
 def test_the_runner(comfy_runner):
     prompt = {"1": {"class_type": "Square", "inputs": {"size": 3, "grey": 0.0}}}
     assert comfy_runner.run(prompt, outputs=["1"]).values["1"][0].shape == (1, 3, 3, 3)
-'''
+"""
 
 
 def make_prompt(**inputs):
