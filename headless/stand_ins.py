@@ -7,11 +7,9 @@ for, and a damaged one is an error instead of a picture that ends half-way.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mimetypes
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -275,6 +273,8 @@ class PreviewImage:
 
     def __init__(self) -> None:
         # A new name per node, so that an old preview is never taken for a new one.
+        import secrets
+
         self.suffix = "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(5))
 
     @classmethod
@@ -437,6 +437,8 @@ def list_input_files() -> list[str]:
 
 def hash_file(path: Path) -> str:
     """Returns the SHA-256 of a file."""
+    import hashlib
+
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

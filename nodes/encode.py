@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +52,8 @@ class KolorsTextEncode:
         num_images_per_prompt: int,
         wildcard_seed: int = 0,
     ) -> tuple[dict[str, torch.Tensor]]:
+        import random
+
         from ..kolors.prompts import choose_alternatives, encode_prompts, parse_prompt
 
         host, generator = get_host(), random.Random(wildcard_seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -318,6 +317,8 @@ def resolve_folder(host: Host, name: str) -> Path:
 
 def get_stamp(folders: list[Path]) -> str:
     """Says for IS_CHANGED whether the files in folders are still the same."""
+    import hashlib
+
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted((*folder.glob("*"), *folder.glob("train/*"))):
