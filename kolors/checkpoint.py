@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +12,9 @@ from torch import nn
 
 # Preference in a folder of the diffusers layout: half precision first, safetensors before pickles.
 _FILE_STEMS = ("diffusion_pytorch_model.fp16", "diffusion_pytorch_model", "model.fp16", "model", "pytorch_model")
+
+# Called with (done, total, text), in bytes, while something loads or downloads. May raise to stop the work.
+OnProgress = Callable[[int, int, str], None]
 
 
 class CheckpointError(ValueError):
@@ -127,6 +130,7 @@ def load_weights_(
     dtype: torch.dtype,
     source: Path,
     ignored: frozenset[str] = frozenset(),
+    on_progress: OnProgress | None = None,
 ) -> nn.Module:
     """Puts tensors into a module built on the meta device.
 
@@ -138,11 +142,14 @@ def load_weights_(
         dtype: floating tensors get this dtype.
         source: the file or folder, for messages.
         ignored: names that may be there and are not used.
+        on_progress: called after each tensor with the bytes that the module holds by then.
 
     Raises:
         CheckpointError: a name is missing or unknown, or a shape differs; up to five are shown.
     """
     expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    total = sum(shape.numel() for shape in expected.values()) * dtype.itemsize
+    done = 0
     loaded: dict[str, torch.Tensor] = {}
     unknown: list[str] = []
     for name, tensor in tensors:
@@ -156,6 +163,9 @@ def load_weights_(
             )
         else:
             loaded[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            done += tensor.numel() * dtype.itemsize
+            if on_progress:
+                on_progress(done, total, f"Loading {source.name}")
     missing = [name for name in expected if name not in loaded]
     if missing or unknown:
         raise CheckpointError(
