@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
 # Preference in a folder of the diffusers layout: half precision first, safetensors before pickles.
 _FILE_STEMS = ("diffusion_pytorch_model.fp16", "diffusion_pytorch_model", "model.fp16", "model", "pytorch_model")
+_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
+# The header's word for a number format → torch's; another one is kept as it is, in lower case.
+_DTYPES: Mapping[str, str] = MappingProxyType(
+    {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+     "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+)  # fmt: skip
+# How a file begins that bears a checkpoint's name and is none: beginning → what it is.
+_IMPOSTORS: Mapping[bytes, str] = MappingProxyType(
+    {
+        b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: the repository was cloned without "
+        "LFS. Fetch the file itself",
+        b"GGUF": "is a GGUF file, which is not read. Take a .safetensors file",
+        b"<": "is a web page, probably the error page of a failed download. Fetch the file again",
+    }
+)
 
 # Called with (done, total, text), in bytes, while something loads or downloads. May raise to stop the work.
 OnProgress = Callable[[int, int, str], None]
@@ -21,11 +42,24 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or of another model. The message names the file and the next step."""
 
 
+class TensorInfo(NamedTuple):
+    """What a file's header says of a tensor.
+
+    Attributes:
+        shape: of the stored tensor.
+        dtype: torch's name of its number format, such as ``float16``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
 def find_weight_files(folder: Path) -> list[Path]:
     """Finds the weight files of one component (``unet``, ``text_encoder``, ``vae``) of a diffusers-layout model.
 
     Reads single files (``diffusion_pytorch_model.fp16.safetensors``, …), shards listed in an
-    ``….index.json``, and ChatGLM's ``pytorch_model-0000x-of-00007.bin``.
+    ``….index.json``, ChatGLM's ``pytorch_model-0000x-of-00007.bin``, and a file of another name that is the only
+    one, as people save it by hand.
 
     Raises:
         CheckpointError: there are no weights, or a shard that the index lists is missing.
@@ -41,6 +75,10 @@ def find_weight_files(folder: Path) -> list[Path]:
         shards = sorted(folder.glob(f"*-of-*.{suffix}"))
         if shards:
             return _check_shards(shards)
+    for suffix in ("safetensors", "bin"):
+        others = sorted(folder.glob(f"*.{suffix}"))
+        if len(others) == 1:
+            return others
     raise CheckpointError(f"No weights found in {folder}: expected a .safetensors file, or .bin shards.")
 
 
@@ -91,24 +129,86 @@ def iterate_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]
         CheckpointError: a file is truncated, no checkpoint, or a pickle that holds more than tensors.
     """
     for file in files:
-        if file.suffix in (".safetensors", ".sft"):
-            yield from _iterate_safetensors(file)
-        else:
+        if is_pickle(file):
             yield from _read_pickle(file).items()
+            continue
+        with _open_safetensors(file) as opened:
+            for name in opened.keys():
+                yield name, opened.get_tensor(name)
 
 
-def _iterate_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
+    """Reads what tensors files hold, without the tensors: name → shape and number format.
+
+    Tables within a pickled table are flattened, with dots between the names.
+
+    Raises:
+        CheckpointError: as ``iterate_tensors``.
+    """
+    found: dict[str, TensorInfo] = {}
+    for file in files:
+        if is_pickle(file):
+            for name, tensor in _flatten(_unpickle(file)):
+                found[name] = TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            continue
+        with _open_safetensors(file) as opened:
+            for name in opened.keys():
+                stored = opened.get_slice(name)
+                dtype = str(stored.get_dtype())
+                found[name] = TensorInfo(tuple(stored.get_shape()), _DTYPES.get(dtype, dtype.lower()))
+    return found
+
+
+def is_pickle(file: Path) -> bool:
+    """Tells by its name whether a file is one of ``torch.save``; every other is read as safetensors.
+
+    Raises:
+        CheckpointError: it is missing or empty, or its beginning is not that of such a file.
+    """
+    try:
+        with file.open("rb") as opened:
+            beginning = opened.read(32)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror or error}).") from error
+    if not beginning:
+        raise CheckpointError(f"{file} is empty: the download never began. Fetch it again.")
+    for impostor, text in _IMPOSTORS.items():
+        if beginning.startswith(impostor):
+            raise CheckpointError(f"{file} {text}.")
+    if file.suffix.lower() not in _PICKLE_SUFFIXES:
+        return False
+    if not beginning.startswith(b"PK"):  # as every file of torch.save begins
+        raise CheckpointError(f"{file} is damaged, or no file of PyTorch 1.6 or later. Fetch it again.")
+    return True
+
+
+@contextmanager
+def _open_safetensors(file: Path) -> Iterator[safe_open]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
-            for name in opened.keys():
-                yield name, opened.get_tensor(name)
+            yield opened
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or an incomplete download ({error}). Fetch it again.") from error
 
 
 def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
+    content = _unpickle(file)
+    if not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise CheckpointError(f"{file} is no flat table of tensors.")
+    return content
+
+
+def _flatten(table: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in table.items():
+        if isinstance(value, torch.Tensor):
+            yield str(name), value
+        elif isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", tensor) for inner, tensor in _flatten(value))
+
+
+def _unpickle(file: Path) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -118,8 +218,8 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or an incomplete download ({error}). Fetch it again.") from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise CheckpointError(f"{file} is no flat table of tensors.")
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is no table of tensors.")
     return content
 
 
