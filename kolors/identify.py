@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from .checkpoint import CheckpointError, TensorInfo, find_weight_files, read_headers
+from .unet_names import UNET_PREFIXES
 
 
 class FileKind(Enum):
@@ -76,7 +77,6 @@ _LORA_MARKS = re.compile(
     r"\.lora_(A|B|up|down|mid|magnitude_vector)\b|_lora\.(up|down)\.|\.(hada|lokr)_w|\.lora\.(up|down)\.|^lora_unet_|^lycoris_"
 )
 _QKV = re.compile(r"encoder\.layers\.\d+\.self_attention\.query_key_value\.weight")
-_UNET_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "unet.")
 _SDXL_POOLED_WIDTH = 2816  # inputs of SDXL's add_embedding; Kolors has 5632
 _GLM4_VOCABULARY = 100_000  # pieces: ChatGLM3 has 65,024, GLM-4 151,552
 
@@ -108,7 +108,7 @@ def classify(tensors: Mapping[str, TensorInfo]) -> FileKind:
 
 
 def _classify_unet(tensors: Mapping[str, TensorInfo]) -> FileKind | None:
-    for prefix in _UNET_PREFIXES:
+    for prefix in UNET_PREFIXES:
         for conv_in, conv_out, pooled in (
             ("conv_in", "conv_out", "add_embedding.linear_1"),
             ("input_blocks.0.0", "out.2", "label_emb.0.0"),

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
+from ..kolors.unet_names import iterate_module_names
+
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
@@ -14,27 +16,6 @@ DIFFUSERS, PEFT, KOHYA, KOHYA_SGM, COMFYUI, DIFFSYNTH = (
     "diffusers", "peft", "kohya", "kohya (SGM names)", "comfyui", "diffsynth",
 )  # fmt: skip
 WRITABLE = (DIFFUSERS, KOHYA, DIFFSYNTH)  # formats that are written, not only read
-
-# Inside a ResNet block, diffusers' names and SGM's (the code that SDXL was published with).
-_SGM_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-# Outside of all blocks: diffusers' name → SGM's, DiffSynth's.
-_OUTSIDE = {
-    "conv_in": ("input_blocks.0.0", "conv_in"),
-    "time_embedding.linear_1": ("time_embed.0", "time_embedding.0"),
-    "time_embedding.linear_2": ("time_embed.2", "time_embedding.2"),
-    "add_embedding.linear_1": ("label_emb.0.0", "add_time_embedding.0"),
-    "add_embedding.linear_2": ("label_emb.0.2", "add_time_embedding.2"),
-    "encoder_hid_proj": ("encoder_hid_proj", "text_intermediate_proj"),
-    "conv_norm_out": ("out.0", "conv_norm_out"),
-    "conv_out": ("out.2", "conv_out"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,16 +102,11 @@ class UNetNames:
 
 def get_unet_names(unet: UNet2DConditionModel) -> UNetNames:
     """Derives the names from a UNet in SDXL's shape, of any size; on the meta device too."""
-    blocks = {row[0]: row[1:] for row in _iterate_blocks(unet)}
     modules = []
-    for name, module in unet.named_modules():
-        weight = getattr(module, "weight", None)
-        if weight is not None:
-            sgm, diffsynth = _translate(name, blocks)
-            has_bias = getattr(module, "bias", None) is not None
-            modules.append(
-                ModuleNames(diffusers=name, sgm=sgm, diffsynth=diffsynth, shape=tuple(weight.shape), has_bias=has_bias)
-            )
+    for name, sgm, diffsynth in iterate_module_names(unet):
+        module = unet.get_submodule(name)
+        shape, has_bias = tuple(module.weight.shape), getattr(module, "bias", None) is not None
+        modules.append(ModuleNames(diffusers=name, sgm=sgm, diffsynth=diffsynth, shape=shape, has_bias=has_bias))
     return UNetNames(tuple(modules))
 
 
@@ -140,65 +116,6 @@ def get_kolors_names() -> UNetNames:
     from ..kolors.unet import KOLORS_UNET_CONFIG, build_unet
 
     return get_unet_names(build_unet(KOLORS_UNET_CONFIG, device="meta"))
-
-
-def _iterate_blocks(unet: UNet2DConditionModel) -> Iterator[tuple[str, str, str]]:
-    """Yields the name of every block in diffusers, SGM and DiffSynth.
-
-    SGM numbers what lies between two skip connections and opens at 1, after ``conv_in``. DiffSynth numbers
-    everything that runs, pushing and popping of skip connections included.
-
-    Source: ``diffsynth/models/sdxl_unet.py`` of modelscope/DiffSynth-Studio at 22e4ae99 for DiffSynth's order.
-    """
-    stage, step = 1, 0
-    for index, block in enumerate(unet.down_blocks):
-        for layer in range(len(block.resnets)):
-            for slot, part in enumerate(_list_parts(block)):
-                yield f"down_blocks.{index}.{part}.{layer}", f"input_blocks.{stage}.{slot}", f"blocks.{step}"
-                step += 1
-            stage, step = stage + 1, step + 1  # a push
-        if block.downsamplers:
-            yield f"down_blocks.{index}.downsamplers.0", f"input_blocks.{stage}.0", f"blocks.{step}"
-            stage, step = stage + 1, step + 2  # and a push
-    middle = ["resnets.0"]
-    for layer in range(len(unet.mid_block.attentions)):
-        middle += [f"attentions.{layer}", f"resnets.{layer + 1}"]
-    for slot, part in enumerate(middle):
-        yield f"mid_block.{part}", f"middle_block.{slot}", f"blocks.{step}"
-        step += 1
-    stage = 0
-    for index, block in enumerate(unet.up_blocks):
-        for layer in range(len(block.resnets)):
-            step += 1  # a pop
-            for slot, part in enumerate(_list_parts(block)):
-                yield f"up_blocks.{index}.{part}.{layer}", f"output_blocks.{stage}.{slot}", f"blocks.{step}"
-                step += 1
-            stage += 1
-        if block.upsamplers:
-            slot = len(_list_parts(block))
-            yield f"up_blocks.{index}.upsamplers.0", f"output_blocks.{stage - 1}.{slot}", f"blocks.{step}"
-            step += 1
-
-
-def _list_parts(block: object) -> tuple[str, ...]:
-    return ("resnets", "attentions") if hasattr(block, "attentions") else ("resnets",)
-
-
-def _translate(name: str, blocks: dict[str, tuple[str, str]]) -> tuple[str, str]:
-    """Gives SGM's and DiffSynth's name for a module that diffusers calls ``name``."""
-    if name in _OUTSIDE:
-        return _OUTSIDE[name]
-    parts = name.split(".")
-    depth = 3 if parts[0] == "mid_block" else 4
-    block, inner = ".".join(parts[:depth]), ".".join(parts[depth:])
-    sgm, diffsynth = blocks[block]
-    kind = parts[depth - 2]
-    if kind == "resnets":
-        return f"{sgm}.{_SGM_RESNET[inner]}", f"{diffsynth}.{inner}"
-    if kind == "downsamplers":
-        return f"{sgm}.op", f"{diffsynth}.conv"
-    shortened = inner.replace(".ff.net.0.proj", ".act_fn.proj").replace(".ff.net.2", ".ff").removesuffix(".0")
-    return f"{sgm}.{inner}", f"{diffsynth}.{shortened}"
 
 
 def _flatten(name: str) -> str:
