@@ -306,7 +306,9 @@ def prepare(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     precision = get_base_precision(training, device)
-    unet = load_unet(options.pretrained_unet_path, dtype=getattr(torch, PRECISIONS.get(precision, "float16")))
+    unet = load_unet(
+        options.pretrained_unet_path, precision=precision if precision in PRECISIONS else "fp16", device=device,
+    )  # fmt: skip
     if regularization.prompts:
         data = add_regularization(
             data, regularization, unet.to(device), text_identity=encoders.text_identity, cache=cache,

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 # Precision → the name of torch's dtype.
 PRECISIONS: Mapping[str, str] = MappingProxyType({"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"})
 
+# What the UNet and the text encoder can be held in: the widgets' choices, in their order.
+UNET_PRECISIONS = ("fp16", "bf16", "fp32", "fp8", "nf4")
+TEXT_PRECISIONS = ("fp16", "quant4", "quant8", "bf16", "fp32")
+
 logger = logging.getLogger(__name__)
 
 

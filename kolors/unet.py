@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checkpoint import CheckpointError, find_weight_files, iterate_tensors, load_weights_, read_json
+from .checkpoint import CheckpointError, OnProgress, find_weight_files, iterate_tensors, load_weights_, read_json
+from .precision import get_dtype
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -47,12 +48,25 @@ def build_unet(
         return UNet2DConditionModel.from_config(dict(config)).eval()
 
 
-def load_unet(path: str | Path, *, dtype: torch.dtype) -> UNet2DConditionModel:
+def load_unet(
+    path: str | Path,
+    *,
+    precision: str = "fp32",
+    device: torch.device | str = "cpu",
+    on_progress: OnProgress | None = None,
+) -> UNet2DConditionModel:
     """Loads the ``unet`` folder of a Kolors model, or one file of it, memory-mapped, onto the CPU.
 
     A file's config.json is looked for beside it; without one it is taken for full size.
 
+    Args:
+        path: the folder or the file.
+        precision: one of ``UNET_PRECISIONS``.
+        device: where it will compute; what that cannot do is replaced, with a line in the log.
+        on_progress: called as the weights arrive.
+
     Raises:
+        ValueError: no precision has this name.
         CheckpointError: it is missing or incomplete, a file is damaged, or it is another model's UNet.
     """
     path = Path(path)
@@ -75,4 +89,4 @@ def load_unet(path: str | Path, *, dtype: torch.dtype) -> UNet2DConditionModel:
             f"{' (9 is the inpainting model)' if config.get('in_channels') == 9 else ''}."
         )
     unet = build_unet(config, device="meta")
-    return load_weights_(unet, tensors.items(), dtype=dtype, source=path)
+    return load_weights_(unet, tensors.items(), dtype=get_dtype(precision, device), source=path)

@@ -47,7 +47,7 @@ class DownloadAndLoadKolorsModel:
 
         host = get_host()
         folder = find_model(host, model, "unet")
-        return (KolorsModel(load_unet(folder / "unet", dtype=get_dtype(precision, host.get_device()))),)
+        return (KolorsModel(load_unet(folder / "unet", precision=precision, device=host.get_device())),)
 
 
 class DownloadAndLoadChatGLM3:

@@ -71,7 +71,7 @@ def load_demo_model(folder: Path = MODEL_FOLDER) -> DemoModel:
     return DemoModel(
         tokenizer=Tokenizer(find_tokenizer(folder)),
         text_encoder=load_text_encoder(folder / "text_encoder", dtype=torch.float32),
-        unet=load_unet(folder / "unet", dtype=torch.float32),
+        unet=load_unet(folder / "unet"),
         vae=load_vae(folder / "vae"),
     )
 

@@ -54,7 +54,7 @@ def test_the_tutorials_command_line_writes_two_files_that_draw_the_same(workplac
     ours, theirs = capsys.readouterr().out.split()
     assert ours == "models/kolors_lora.safetensors"
     assert theirs == "models/lightning_logs/version_0/checkpoints/epoch=0-step=3.ckpt"
-    model = KolorsModel(load_unet(DEMO_FOLDER / "unet", dtype=torch.float32))
+    model = KolorsModel(load_unet(DEMO_FOLDER / "unet"))
     (first,) = LoadKolorsLoRA().load_lora(model, str(workplace / theirs), 4.0)
     (workplace / "models" / "loras").mkdir()
     shutil.copy(workplace / ours, workplace / "models" / "loras")

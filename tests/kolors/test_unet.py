@@ -40,7 +40,7 @@ def saved(tmp_path, tiny_unet):
 
 def test_loads_what_was_saved(saved):
     folder, weights = saved
-    unet = load_unet(folder, dtype=torch.float16)
+    unet = load_unet(folder, precision="fp16", device="cuda")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in unet.state_dict().items())
     assert not unet.training
     assert not any(parameter.requires_grad for parameter in unet.parameters())
@@ -48,7 +48,7 @@ def test_loads_what_was_saved(saved):
 
 def test_converts_the_precision(saved):
     folder, weights = saved
-    unet = load_unet(folder, dtype=torch.float32)
+    unet = load_unet(folder, precision="fp32")
     assert unet.dtype == torch.float32
     assert torch.equal(unet.conv_in.weight, weights["conv_in.weight"].float())
 
@@ -58,7 +58,7 @@ def test_truncated_file(saved):
     file = folder / "diffusion_pytorch_model.fp16.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="incomplete download"):
-        load_unet(folder, dtype=torch.float16)
+        load_unet(folder, precision="fp16", device="cuda")
 
 
 def test_an_sdxl_unet_in_kolors_place(saved):
@@ -66,14 +66,14 @@ def test_an_sdxl_unet_in_kolors_place(saved):
     del weights["encoder_hid_proj.weight"], weights["encoder_hid_proj.bias"]
     save_file(weights, folder / "diffusion_pytorch_model.fp16.safetensors")
     with pytest.raises(CheckpointError, match="holds an SDXL UNet: it lacks encoder_hid_proj"):
-        load_unet(folder, dtype=torch.float16)
+        load_unet(folder, precision="fp16", device="cuda")
 
 
 def test_an_inpainting_unet(saved):
     folder, _ = saved
     (folder / "config.json").write_text(json.dumps({**TINY_UNET, "in_channels": 9}))
     with pytest.raises(CheckpointError, match="9 is the inpainting model"):
-        load_unet(folder, dtype=torch.float16)
+        load_unet(folder, precision="fp16", device="cuda")
 
 
 def test_missing_and_unknown_tensors_are_shown(saved):
@@ -81,18 +81,18 @@ def test_missing_and_unknown_tensors_are_shown(saved):
     weights["conv_extra.weight"] = weights.pop("conv_in.weight")
     save_file(weights, folder / "diffusion_pytorch_model.fp16.safetensors")
     with pytest.raises(CheckpointError, match=r"missing \(conv_in.weight\), 1 are unknown \(conv_extra.weight\)"):
-        load_unet(folder, dtype=torch.float16)
+        load_unet(folder, precision="fp16", device="cuda")
 
 
 def test_no_weights_and_no_config(tmp_path):
     with pytest.raises(CheckpointError, match="config.json"):
-        load_unet(tmp_path, dtype=torch.float16)
+        load_unet(tmp_path, precision="fp16", device="cuda")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="No weights found"):
-        load_unet(tmp_path, dtype=torch.float16)
+        load_unet(tmp_path, precision="fp16", device="cuda")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="no readable JSON"):
-        load_unet(tmp_path, dtype=torch.float16)
+        load_unet(tmp_path, precision="fp16", device="cuda")
 
 
 def test_a_pickle_with_code_is_refused(saved):
@@ -100,4 +100,4 @@ def test_a_pickle_with_code_is_refused(saved):
     (folder / "diffusion_pytorch_model.fp16.safetensors").unlink()
     torch.save({"conv_in.weight": print}, folder / "diffusion_pytorch_model.bin")
     with pytest.raises(CheckpointError, match="holds more than tensors and is refused"):
-        load_unet(folder, dtype=torch.float16)
+        load_unet(folder, precision="fp16", device="cuda")

@@ -29,7 +29,7 @@ HEART, PASTEL = DEMO_LORAS / "heart.safetensors", DEMO_LORAS / "pastel.safetenso
 
 @pytest.fixture(scope="module")
 def unet():
-    return load_unet(DEMO_FOLDER / "unet", dtype=torch.float32)
+    return load_unet(DEMO_FOLDER / "unet")
 
 
 @pytest.fixture(scope="module")
