@@ -11,6 +11,7 @@ from torch import nn
 from .adapters import LowRank
 from .apply import share_parameters
 from .formats import Lora
+from .linear import replace_layers_
 from .names import UNetNames
 from .options import PRECISIONS, TrainingError, TrainingOptions
 from .order import get_seed
@@ -65,6 +66,7 @@ def build_trainee(
         dtype = torch.float32
     for module in list(trainee.modules()):
         _place_(module, device, dtype)
+    replace_layers_(trainee)
     if options.gradient_checkpointing:
         trainee.enable_gradient_checkpointing()
     parameters = {name: value for name, value in trainee.named_parameters() if value.requires_grad}

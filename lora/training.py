@@ -271,7 +271,7 @@ def build_optimizer(parameters: Sequence[nn.Parameter], options: TrainingOptions
             except ImportError as error:
                 raise TrainingError("optimizer prodigy needs prodigyopt. Install it: pip install prodigyopt") from error
             return Prodigy(parameters, **settings, use_bias_correction=True, safeguard_warmup=True)
-    return torch.optim.AdamW(parameters, **settings)
+    return torch.optim.AdamW(parameters, **settings, fused=parameters[0].device.type in ("cpu", "cuda"))
 
 
 # ---- before the first step ----
