@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .checkpoint import CheckpointError, OnProgress, find_weight_files, iterate_tensors, load_weights_, read_json
+from .identify import KOLORS_UNETS, check_kind
 from .precision import get_dtype
+from .unet_names import rename_tensors
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -48,6 +50,20 @@ def build_unet(
         return UNet2DConditionModel.from_config(dict(config)).eval()
 
 
+def read_config(path: Path) -> Mapping[str, Any]:
+    """Reads the config.json in a UNet's folder. Beside a single file one may lie; else the file is of full size.
+
+    Raises:
+        CheckpointError: a folder has none, or it is unreadable.
+    """
+    if path.is_dir():
+        return read_json(path / "config.json")
+    beside = path.with_name("config.json")
+    config = read_json(beside) if beside.is_file() else {}
+    # In a folder with files of many models it may be another one's.
+    return config if config.get("encoder_hid_dim_type") == "text_proj" else KOLORS_UNET_CONFIG
+
+
 def load_unet(
     path: str | Path,
     *,
@@ -57,7 +73,7 @@ def load_unet(
 ) -> UNet2DConditionModel:
     """Loads the ``unet`` folder of a Kolors model, or one file of it, memory-mapped, onto the CPU.
 
-    A file's config.json is looked for beside it; without one it is taken for full size.
+    A file may have diffusers' or SGM's names, and any prefix.
 
     Args:
         path: the folder or the file.
@@ -72,21 +88,8 @@ def load_unet(
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"UNet not found: {path}.")
-    folder = path if path.is_dir() else path.parent
-    config: Mapping[str, Any] = KOLORS_UNET_CONFIG
-    if path.is_dir() or (folder / "config.json").is_file():
-        config = read_json(folder / "config.json")
-    tensors = dict(iterate_tensors(find_weight_files(path) if path.is_dir() else [path]))
-    if "encoder_hid_proj.weight" not in tensors or config.get("encoder_hid_dim_type") != "text_proj":
-        kind = "an SDXL UNet" if "add_embedding.linear_1.weight" in tensors else "no UNet of Kolors"
-        raise CheckpointError(
-            f"{path} holds {kind}: it lacks encoder_hid_proj, Kolors' projection of the text. "
-            "Put the UNet of Kwai-Kolors/Kolors there."
-        )
-    if config.get("in_channels") != 4:
-        raise CheckpointError(
-            f"{path} is a UNet with {config.get('in_channels')} input channels, expected 4"
-            f"{' (9 is the inpainting model)' if config.get('in_channels') == 9 else ''}."
-        )
+    config = read_config(path)
+    check_kind(path, KOLORS_UNETS, "A Kolors model's UNet")
+    tensors = iterate_tensors(find_weight_files(path) if path.is_dir() else [path])
     unet = build_unet(config, device="meta")
-    return load_weights_(unet, tensors.items(), dtype=get_dtype(precision, device), source=path)
+    return load_weights_(unet, rename_tensors(tensors, unet), dtype=get_dtype(precision, device), source=path)

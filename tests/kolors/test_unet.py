@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from kolors_nodes.kolors.checkpoint import CheckpointError
 from kolors_nodes.kolors.unet import KOLORS_UNET_CONFIG, build_unet, load_unet
+from kolors_nodes.kolors.unet_names import iterate_module_names
 
 from .conftest import TINY_UNET
 
@@ -65,22 +66,43 @@ def test_an_sdxl_unet_in_kolors_place(saved):
     folder, weights = saved
     del weights["encoder_hid_proj.weight"], weights["encoder_hid_proj.bias"]
     save_file(weights, folder / "diffusion_pytorch_model.fp16.safetensors")
-    with pytest.raises(CheckpointError, match="holds an SDXL UNet: it lacks encoder_hid_proj"):
-        load_unet(folder, precision="fp16", device="cuda")
+    with pytest.raises(CheckpointError, match="is an SDXL UNet. A Kolors model's UNet takes Kolors' UNet: .* of Kwai-"):
+        load_unet(folder, precision="fp16")
 
 
 def test_an_inpainting_unet(saved):
+    folder, weights = saved
+    weights["conv_in.weight"] = weights["conv_in.weight"].repeat(1, 3, 1, 1)[:, :9].contiguous()
+    save_file(weights, folder / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(CheckpointError, match="is Kolors' inpainting UNet"):
+        load_unet(folder, precision="fp16")
+
+
+def test_a_single_file_in_sgm_names(saved, tiny_unet, tmp_path):
+    folder, weights = saved
+    names = {name: sgm for name, sgm, _ in iterate_module_names(tiny_unet)}
+    renamed = {}
+    for name, tensor in weights.items():
+        module, _, kind = name.rpartition(".")
+        renamed[f"model.diffusion_model.{names[module]}.{kind}"] = tensor
+    save_file(renamed, folder / "kolors.safetensors")  # beside its config.json
+    loaded = load_unet(folder / "kolors.safetensors", precision="bf16").state_dict()
+    assert all(torch.equal(loaded[name], tensor.bfloat16()) for name, tensor in weights.items())
+
+
+def test_another_model_s_configuration_beside_a_single_file(saved):
+    """models/diffusion_models may hold anything: without Kolors' own configuration a file is taken for full size."""
     folder, _ = saved
-    (folder / "config.json").write_text(json.dumps({**TINY_UNET, "in_channels": 9}))
-    with pytest.raises(CheckpointError, match="9 is the inpainting model"):
-        load_unet(folder, precision="fp16", device="cuda")
+    (folder / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    with pytest.raises(CheckpointError, match=r"bias has the shape \(128,\), expected \(1280,\)"):
+        load_unet(folder / "diffusion_pytorch_model.fp16.safetensors")
 
 
 def test_missing_and_unknown_tensors_are_shown(saved):
     folder, weights = saved
-    weights["conv_extra.weight"] = weights.pop("conv_in.weight")
+    weights["conv_extra.weight"] = weights.pop("mid_block.resnets.0.conv1.weight")
     save_file(weights, folder / "diffusion_pytorch_model.fp16.safetensors")
-    with pytest.raises(CheckpointError, match=r"missing \(conv_in.weight\), 1 are unknown \(conv_extra.weight\)"):
+    with pytest.raises(CheckpointError, match=r"missing \(mid_block.resnets.0.conv1.weight\), 1 are unknown \(conv_extra.weight\)"):
         load_unet(folder, precision="fp16", device="cuda")
 
 

@@ -168,7 +168,7 @@ def test_an_sdxl_unet(runner, copied_model):
     weights = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("encoder_hid_proj")}
     save_file(weights, file)
     assert fail(runner)[0] == "unet"
-    assert "holds an SDXL UNet" in fail(runner)[1]
+    assert "is an SDXL UNet" in fail(runner)[1]
 
 
 def test_a_text_encoder_of_the_wrong_size(runner, copied_model):
