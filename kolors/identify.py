@@ -166,7 +166,7 @@ def check_kind(path: Path, expected: frozenset[FileKind] | set[FileKind], place:
     Args:
         path: the file or folder.
         expected: the kinds that may lie there.
-        place: what reads it, for the message: a node's title, or such as ``the UNet``.
+        place: what it is read as, for the message: ``the UNet``, ``the text encoder``, ``the VAE``.
 
     Returns:
         What it is.
@@ -180,6 +180,6 @@ def check_kind(path: Path, expected: frozenset[FileKind] | set[FileKind], place:
         wanted, source = next((wanted, source) for wanted, source in _SOURCES.items() if wanted in expected)
         what = "folder's file" if path.is_dir() else "file"
         raise CheckpointError(
-            f"{path} is {kind.value}. {place} takes {wanted.value}: {source}. This {what} {_HOMES[kind]}."
+            f"{path} is {kind.value}. Expected as {place}: {wanted.value}, {source}. This {what} {_HOMES[kind]}."
         )
     return kind

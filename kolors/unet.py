@@ -89,7 +89,7 @@ def load_unet(
     if not path.exists():
         raise CheckpointError(f"UNet not found: {path}.")
     config = read_config(path)
-    check_kind(path, KOLORS_UNETS, "A Kolors model's UNet")
+    check_kind(path, KOLORS_UNETS, "the UNet")
     tensors = iterate_tensors(find_weight_files(path) if path.is_dir() else [path])
     unet = build_unet(config, device="meta")
     return load_weights_(unet, rename_tensors(tensors, unet), dtype=get_dtype(precision, device), source=path)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .checkpoint import CheckpointError, find_weight_files, iterate_tensors, load_weights_, read_json
+from .identify import VAES, check_kind
 from .options import SCALING_FACTOR, VAE_SCALE_FACTOR
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu") -> VAE:
         CheckpointError: nothing there, a damaged file, or no VAE of SDXL's kind.
     """
     path = Path(path)
+    if path.exists():
+        check_kind(path, VAES, "the VAE")
     if path.is_dir():
         config: Mapping[str, Any] = read_json(path / "config.json")
         tensors = dict(iterate_tensors(find_weight_files(path)))
@@ -119,8 +122,6 @@ def _load_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, torch.Ten
     tensors = {name.removeprefix("first_stage_model.").removeprefix("vae."): value for name, value in tensors.items()}
     if "decoder.mid.block_1.conv1.weight" in tensors:
         tensors = from_ldm_names(tensors, autoencoder)
-    if "decoder.conv_in.weight" not in tensors:
-        raise CheckpointError(f"{source} is no VAE: it has no decoder. SDXL's VAE (sdxl.vae.safetensors) fits Kolors.")
     return load_weights_(autoencoder, tensors.items(), dtype=torch.float32, source=source)
 
 

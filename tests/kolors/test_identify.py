@@ -179,13 +179,13 @@ def test_the_message_names_what_it_is_what_belongs_there_and_where_it_belongs(tm
     make, kind = FILES[name]
     file = write_holes(tmp_path / "file.safetensors", make())
     if kind in expected:
-        assert check_kind(file, expected, "Load Kolors UNet") is kind
+        assert check_kind(file, expected, "the UNet") is kind
         return
     with pytest.raises(CheckpointError) as error:
-        check_kind(file, expected, "Load Kolors UNet")
+        check_kind(file, expected, "the UNet")
     text = str(error.value)
-    assert text.startswith(f"{file} is {kind.value}. Load Kolors UNet takes ")
-    assert " of " in text.split(" takes ")[1]
+    assert text.startswith(f"{file} is {kind.value}. Expected as the UNet: ")
+    assert " of " in text.split("Expected as ")[1]
     assert text.rsplit(". This file ")[1].startswith(("belongs in", "has no node", "is of no use", "is not for Kolors"))
 
 

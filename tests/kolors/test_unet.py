@@ -66,7 +66,7 @@ def test_an_sdxl_unet_in_kolors_place(saved):
     folder, weights = saved
     del weights["encoder_hid_proj.weight"], weights["encoder_hid_proj.bias"]
     save_file(weights, folder / "diffusion_pytorch_model.fp16.safetensors")
-    with pytest.raises(CheckpointError, match="is an SDXL UNet. A Kolors model's UNet takes Kolors' UNet: .* of Kwai-"):
+    with pytest.raises(CheckpointError, match="is an SDXL UNet. Expected as the UNet: Kolors' UNet, unet.* of Kwai-"):
         load_unet(folder, precision="fp16")
 
 

@@ -92,7 +92,7 @@ def test_wrong_latents(autoencoder):
 
 def test_not_a_vae(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="is no VAE"):
+    with pytest.raises(CheckpointError, match="Expected as the VAE: a VAE of SDXL's kind, sdxl.vae.safetensors of madebyollin"):
         load_vae(tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="VAE not found"):
         load_vae(tmp_path / "nowhere.safetensors")
