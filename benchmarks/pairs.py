@@ -1,0 +1,188 @@
+"""Pairs: our way and a peer's to the same result, timed in turns, with the difference between their outputs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from machine import Machine
+from torch.utils.flop_counter import FlopCounterMode
+
+Outputs = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two ways to one result.
+
+    Attributes:
+        ours: runs our way once and gives what it computed.
+        peer: likewise, tensors of the same shapes in the same order.
+        peer_name: whose way it is.
+        tolerance: largest relative difference of the outputs with which a ratio of times means something.
+        ours_flops: floating-point operations of one run of ours, 0 where they are not what limits it.
+        peer_flops: likewise.
+        moved_bytes: least number of bytes that a run must read or write, all weights once per pass.
+        before: called before each run, outside the time.
+        note: what a reader must know of this row.
+    """
+
+    ours: Callable[[], Outputs]
+    peer: Callable[[], Outputs]
+    peer_name: str
+    tolerance: float
+    ours_flops: int = 0
+    peer_flops: int = 0
+    moved_bytes: int = 0
+    before: Callable[[], None] | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A row to measure: its name, what makes the pair (models are built then), and how many pairs are run."""
+
+    name: str
+    build: Callable[[], Pair]
+    pairs: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: of the case.
+        peer: whose way ours is compared with.
+        ours_s: median seconds of ours.
+        peer_s: median seconds of the peer.
+        ratio: median over the pairs of the peer's seconds over ours; None where the outputs differ by more than
+            the tolerance, or where nothing was measured.
+        spread: the largest ratio of a pair minus the smallest.
+        max_relative_difference: largest difference between the outputs, over the peer's largest value.
+        tolerance: see ``Pair``.
+        pairs: how many were run.
+        ours_gflop: arithmetic of one run, in 10^9 operations.
+        peer_gflop: likewise.
+        limit_s: least seconds that this machine needs for our arithmetic or our bytes, whichever is more.
+        of_limit: ``limit_s / ours_s``: 1 is as fast as the machine can.
+        note: what a reader must know.
+    """
+
+    name: str
+    peer: str = ""
+    ours_s: float | None = None
+    peer_s: float | None = None
+    ratio: float | None = None
+    spread: float | None = None
+    max_relative_difference: float | None = None
+    tolerance: float | None = None
+    pairs: int = 0
+    ours_gflop: float | None = None
+    peer_gflop: float | None = None
+    limit_s: float | None = None
+    of_limit: float | None = None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Gives the row as plain values."""
+        return asdict(self)
+
+
+def wait_for_device() -> None:
+    """Waits until a graphics card has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def time_run(run: Callable[[], Outputs], before: Callable[[], None] | None = None) -> tuple[float, Outputs]:
+    """Gives the wall seconds of one run, and its outputs."""
+    if before:
+        before()
+    wait_for_device()
+    started = time.perf_counter()
+    outputs = run()
+    wait_for_device()
+    return time.perf_counter() - started, outputs
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Counts the floating-point operations of one run, which serves as its warm-up. Attention on CPUs that torch
+    computes in one fused kernel is not counted.
+    """
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def get_relative_difference(outputs: Outputs, expected: Outputs) -> float:
+    """Gives the largest difference over the largest value, the worst of all tensors.
+
+    Raises:
+        ValueError: the numbers or shapes of the tensors differ: then nothing was compared.
+    """
+    shapes, expected_shapes = ([tuple(tensor.shape) for tensor in tensors] for tensors in (outputs, expected))
+    if shapes != expected_shapes or not shapes:
+        raise ValueError(f"The outputs are no pair: ours have the shapes {shapes}, the peer's {expected_shapes}.")
+    return max(map(_get_difference, outputs, expected))
+
+
+def _get_difference(output: torch.Tensor, expected: torch.Tensor) -> float:
+    output, expected = output.detach().cpu().float(), expected.detach().cpu().float()
+    difference = (output - expected).abs().max().item()
+    if difference != difference:
+        return float("inf")  # NaN: no number at all agrees with nothing
+    return difference / max(expected.abs().max().item(), 1e-30)
+
+
+def measure(name: str, pair: Pair, machine: Machine, *, pairs: int, deadline: float | None = None) -> Row:
+    """Runs both sides in turns, the first one changing, and compares every pair's outputs.
+
+    Args:
+        name: of the row.
+        pair: what is run; each side should have been run once before.
+        machine: sets the limit.
+        pairs: how many, at least 1.
+        deadline: of ``time.perf_counter``; after it no further pair is begun.
+    """
+    ours_s, peer_s, differences = [], [], []
+    for index in range(pairs):
+        if index and deadline is not None and time.perf_counter() > deadline:
+            break
+        results = {}
+        for side in ("ours", "peer") if index % 2 == 0 else ("peer", "ours"):
+            results[side] = time_run(getattr(pair, side), pair.before)
+        ours_s.append(results["ours"][0])
+        peer_s.append(results["peer"][0])
+        differences.append(get_relative_difference(results["ours"][1], results["peer"][1]))
+    return make_row(name, pair, machine, ours_s, peer_s, max(differences))
+
+
+def make_row(
+    name: str, pair: Pair, machine: Machine, ours_s: Sequence[float], peer_s: Sequence[float], difference: float
+) -> Row:
+    """Makes the row of measured pairs. There is no ratio where the outputs differ."""
+    ratios = [peer / ours for ours, peer in zip(ours_s, peer_s, strict=True)]
+    equal = difference <= pair.tolerance
+    limit = machine.get_least_seconds(pair.ours_flops, pair.moved_bytes)
+    ours = statistics.median(ours_s)
+    return Row(
+        name=name,
+        peer=pair.peer_name,
+        ours_s=ours,
+        peer_s=statistics.median(peer_s),
+        ratio=statistics.median(ratios) if equal else None,
+        spread=max(ratios) - min(ratios),
+        max_relative_difference=difference,
+        tolerance=pair.tolerance,
+        pairs=len(ratios),
+        ours_gflop=pair.ours_flops / 1e9 or None,
+        peer_gflop=pair.peer_flops / 1e9 or None,
+        limit_s=limit or None,
+        of_limit=limit / ours if limit else None,
+        note=pair.note if equal else f"The outputs differ by more than {pair.tolerance:g}: no ratio. {pair.note}",
+    )

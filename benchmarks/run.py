@@ -1,0 +1,104 @@
+"""Measures this pack beside its peers: one command, one table. `python benchmarks/run.py --quick`.
+
+Every row runs ours and the peer's in turns, in one process, on the same weights and inputs, and compares what they
+computed. How far ours is from what the machine can do at most stands in the last column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import os
+import sys
+import time
+import warnings
+
+# Before torch: threads that spin while they wait make a busy machine's times meaningless.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+warnings.filterwarnings("ignore")
+
+from machine import Machine, measure_machine  # noqa: E402
+from pairs import Case, Row, measure  # noqa: E402
+
+# Modules of this folder with get_cases(quick=...) -> list[Case], in the order of the table.
+THEMES = ("sampling",)
+QUICK_SECONDS = 75.0  # after these no further row is begun, and none repeated
+
+
+def collect_cases(*, quick: bool) -> list[Case]:
+    """Lists the cases of all themes."""
+    return [case for theme in THEMES for case in importlib.import_module(theme).get_cases(quick=quick)]
+
+
+def choose_cases(cases: list[Case], only: list[str]) -> list[Case]:
+    """Takes the cases whose names hold one of these texts; all of them where there are none.
+
+    Raises:
+        ValueError: a text is in no name.
+    """
+    for text in only:
+        if not any(text in case.name for case in cases):
+            raise ValueError(f"No row has {text!r} in its name. There are: {', '.join(case.name for case in cases)}.")
+    return [case for case in cases if not only or any(text in case.name for text in only)]
+
+
+def measure_case(case: Case, machine: Machine, *, deadline: float | None) -> Row:
+    """Builds a case's models and measures it."""
+    if deadline is not None and time.perf_counter() > deadline:
+        return Row(name=case.name, note="Left out, as the time was up: run it with --only.")
+    return measure(case.name, case.build(), machine, pairs=case.pairs, deadline=deadline)
+
+
+def format_table(rows: list[Row]) -> str:
+    """Lays the rows out as a Markdown table."""
+    head = ("row", "ours s", "peer s", "peer / ours", "spread", "difference", "of the limit", "peer", "note")
+    lines = [head, ("---",) * len(head)]
+    for row in rows:
+        lines.append(
+            (
+                row.name,
+                *(_format(value, ".3g") for value in (row.ours_s, row.peer_s)),
+                *(_format(value, ".2f") for value in (row.ratio, row.spread)),
+                _format(row.max_relative_difference, ".1e"),
+                _format(row.of_limit, ".0%"),
+                row.peer,
+                row.note,
+            )
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _format(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures and prints. Exit status 1: the outputs of a row differ by more than its tolerance."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer steps and repeats: two minutes on two cores")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="rows with NAME in their name")
+    parser.add_argument("--json", action="store_true", help="print a list of rows instead of the table")
+    chosen = parser.parse_args(arguments)
+    deadline = time.perf_counter() + QUICK_SECONDS if chosen.quick else None
+    try:
+        cases = choose_cases(collect_cases(quick=chosen.quick), chosen.only)
+    except ValueError as error:
+        parser.error(str(error))
+    machine = measure_machine(seconds=0.5 if chosen.quick else 2.0)
+    print(machine, file=sys.stderr)
+    rows = []
+    for case in cases:
+        rows.append(measure_case(case, machine, deadline=deadline))
+        print(f"{rows[-1].name}: {_format(rows[-1].ratio, '.2f') or 'no ratio'}", file=sys.stderr)
+        gc.collect()
+    print(
+        json.dumps([row.to_json() for row in rows], indent=2) if chosen.json else f"{machine}\n\n{format_table(rows)}"
+    )
+    return int(any(row.max_relative_difference is not None and row.ratio is None for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

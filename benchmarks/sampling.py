@@ -1,0 +1,131 @@
+"""Sampling on the CPU against diffusers' KolorsPipeline: same weights, same text, same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from pairs import Case, Outputs, Pair
+from torch.utils.flop_counter import FlopCounterMode
+from trial_models import encode_with_bundled_model, get_bundled_unet, get_mid_size_unet, make_embeds
+
+from kolors_nodes.kolors.options import SamplingOptions
+from kolors_nodes.kolors.prompts import PromptEmbeds
+from kolors_nodes.kolors.sampling import sample
+from kolors_nodes.kolors.schedulers import build_scheduler
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+SEED, GUIDANCE_SCALE = 7, 5.0
+# float32 on both sides, sums in another order; the limit is the promise of the project.
+TOLERANCE = 1e-4
+PROMPT_TOKENS = 24  # a sentence
+# Runs (steps, and what to call after each step) and gives the latents.
+Run = Callable[[int, Callable[[], None]], Outputs]
+
+
+def get_cases(*, quick: bool) -> list[Case]:
+    """Lists the rows; quick ones take fewer steps, so what is computed once a run weighs more in them."""
+    few = 2 if quick else 20
+    return [
+        Case(name="sampling bundled 128", build=lambda: build_bundled_pair(20), pairs=3 if quick else 15),
+        Case(name="sampling mid 256", build=lambda: build_mid_size_pair(256, few, PROMPT_TOKENS), pairs=2),
+        Case(name="sampling mid 512", build=lambda: build_mid_size_pair(512, few, PROMPT_TOKENS), pairs=2),
+        *([] if quick else [Case(name="sampling mid 256 full prompt", pairs=2,
+                                 build=lambda: build_mid_size_pair(256, few, 256))]),
+    ]  # fmt: skip
+
+
+def build_bundled_pair(steps: int) -> Pair:
+    """Pairs both on the bundled model at 128 x 128 pixels."""
+    embeds = encode_with_bundled_model("a red circle on a white background")
+    return build_pair(get_bundled_unet(), embeds, side=128, steps=steps)
+
+
+def build_mid_size_pair(side: int, steps: int, num_tokens: int) -> Pair:
+    """Pairs both on the random mid-size model."""
+    return build_pair(get_mid_size_unet(), make_embeds(4096, num_tokens), side=side, steps=steps)
+
+
+def build_pair(unet: UNet2DConditionModel, embeds: PromptEmbeds, *, side: int, steps: int) -> Pair:
+    """Pairs our sampler with diffusers' pipeline on one UNet, whose weights both read.
+
+    Args:
+        unet: the model.
+        embeds: one prompt.
+        side: of the picture, in pixels.
+        steps: of the schedule.
+    """
+    ours, peer = get_our_run(unet, embeds, side=side), get_peer_run(unet, embeds, side=side)
+    weights = sum(parameter.nbytes for parameter in unet.parameters())
+    return Pair(
+        ours=lambda: ours(steps, _do_nothing),
+        peer=lambda: peer(steps, _do_nothing),
+        peer_name="diffusers KolorsPipeline",
+        tolerance=TOLERANCE,
+        ours_flops=count_run_flops(ours, steps),
+        peer_flops=count_run_flops(peer, steps),
+        moved_bytes=steps * weights,
+        note=f"{steps} steps, cfg {GUIDANCE_SCALE:g}, {unet.dtype}".replace("torch.", ""),
+    )
+
+
+def get_our_run(unet: UNet2DConditionModel, embeds: PromptEmbeds, *, side: int) -> Run:
+    """Gives our sampler."""
+
+    def run(steps: int, on_step: Callable[[], None]) -> Outputs:
+        options = SamplingOptions(
+            num_inference_steps=steps, guidance_scale=GUIDANCE_SCALE, height=side, width=side, seed=SEED
+        )
+        return [sample(unet, embeds, options, noise_device="cpu", on_step=lambda *_: on_step())]
+
+    return run
+
+
+def get_peer_run(unet: UNet2DConditionModel, embeds: PromptEmbeds, *, side: int) -> Run:
+    """Gives diffusers' pipeline, which draws the same noise from the same seed."""
+    from diffusers import KolorsPipeline
+
+    scheduler = build_scheduler("EulerDiscreteScheduler")
+    pipeline = KolorsPipeline(vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def run(steps: int, on_step: Callable[[], None]) -> Outputs:
+        def end_step(pipeline, index, timestep, tensors):
+            on_step()
+            return tensors
+
+        return [
+            pipeline(
+                prompt_embeds=embeds.prompt_embeds,
+                pooled_prompt_embeds=embeds.pooled_prompt_embeds,
+                negative_prompt_embeds=embeds.negative_prompt_embeds,
+                negative_pooled_prompt_embeds=embeds.negative_pooled_prompt_embeds,
+                height=side,
+                width=side,
+                num_inference_steps=steps,
+                guidance_scale=GUIDANCE_SCALE,
+                generator=torch.Generator().manual_seed(SEED),
+                output_type="latent",
+                callback_on_step_end=end_step,
+            ).images
+        ]
+
+    return run
+
+
+def count_run_flops(run: Run, steps: int) -> int:
+    """Counts the operations of a run of so many steps from one of two, which serves as warm-up.
+
+    What is computed once a run falls into the first step; the second is what every further one takes.
+    """
+    counts: list[int] = []
+    with FlopCounterMode(display=False) as counter:
+        run(min(steps, 2), lambda: counts.append(counter.get_total_flops()))
+    return counts[0] + (steps - 1) * (counts[-1] - counts[0]) if steps > 1 else counts[0]
+
+
+def _do_nothing() -> None:
+    """Stands in for what is called after each step."""
