@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..kolors.storage import read_tensors, write_tensors
 from .options import TrainingError
-from .storage import read_tensors, write_tensors
 
 KEPT = 2  # checkpoints that stay; an older one is there should the newest be damaged
 _PREFIX, _SUFFIX = "step-", ".safetensors"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from ..kolors.storage import write_bytes, write_tensors
 from .formats import PEFT_METADATA, Lora, LoraError, parse_lora, to_tensors
 from .names import DIFFSYNTH, DIFFUSERS, UNetNames
-from .storage import write_bytes, write_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ import torch
 from ..kolors.options import SCALING_FACTOR, SamplingOptions
 from ..kolors.prompts import PromptEmbeds
 from ..kolors.sampling import sample
+from ..kolors.storage import read_tensors, write_tensors
 from ..kolors.text_encoder import TextEncoder, TokenBatch, expand_padding
 from ..kolors.tokenizer import MAX_TOKENS, Tokenizer
 from .dataset import Dataset, get_time_ids, get_views, render_view
-from .storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

@@ -21,6 +21,7 @@ from torch import nn
 from ..kolors.options import SCALING_FACTOR, VAE_SCALE_FACTOR, SamplingOptions
 from ..kolors.sampling import sample
 from ..kolors.schedulers import build_scheduler
+from ..kolors.storage import remove_parts, write_bytes
 from ..kolors.unet import KOLORS_UNET_CONFIG
 from .checkpoint import Checkpoint, check_settings, load_newest_checkpoint, remove_checkpoints, save_checkpoint
 from .files import save_lora
@@ -30,7 +31,6 @@ from .names import DIFFUSERS, UNetNames, get_unet_names
 from .options import TrainingError, TrainingOptions, check_name
 from .order import Order, build_order, draw_sample, get_seed
 from .plot import draw_loss
-from .storage import remove_parts, write_bytes
 from .trainee import build_trainee, get_lora, get_precision, import_bitsandbytes, set_attention_
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from kolors_nodes.kolors.options import SCALING_FACTOR, SamplingOptions
+from kolors_nodes.kolors.storage import read_tensors, remove_parts, serialize, write_bytes
 from kolors_nodes.kolors.text_encoder import TokenBatch
 from kolors_nodes.kolors.tokenizer import Tokenizer
 from kolors_nodes.lora.dataset import read_dataset
@@ -28,7 +29,6 @@ from kolors_nodes.lora.latents import (
 )
 from kolors_nodes.lora.options import DatasetOptions
 from kolors_nodes.lora.order import build_order, draw_sample
-from kolors_nodes.lora.storage import read_tensors, remove_parts, serialize, write_bytes
 from kolors_nodes.nodes.models import DEMO_FOLDER
 
 
