@@ -90,35 +90,47 @@ class VAE:
         return torch.cat([self._network.encode(picture[None]).cpu() for picture in pictures])
 
 
+def build_autoencoder(
+    config: Mapping[str, Any] = SDXL_VAE_CONFIG, *, device: torch.device | str = "cpu"
+) -> AutoencoderKL:
+    """Makes an autoencoder with fresh weights (``device="meta"``: with none at all)."""
+    from diffusers import AutoencoderKL
+
+    with torch.device(device):
+        return AutoencoderKL.from_config(dict(config))
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """Reads the config.json in a VAE's folder. Beside a single file one may lie; else it is taken for SDXL's.
+
+    Raises:
+        CheckpointError: a folder has none, or it is unreadable.
+    """
+    if path.is_dir():
+        return read_json(path / "config.json")
+    beside = path.with_name("config.json")
+    config = read_json(beside) if beside.is_file() else {}
+    # In a folder with files of many models it may be another one's.
+    return config if config.get("_class_name") == "AutoencoderKL" else SDXL_VAE_CONFIG
+
+
 def load_vae(path: str | Path, *, device: torch.device | str = "cpu") -> VAE:
     """Loads a VAE from a diffusers folder or from one file in the original (LDM) or in diffusers' naming.
-
-    A file is taken for SDXL's unless an autoencoder's config.json is beside it.
 
     Raises:
         CheckpointError: nothing there, a damaged file, or no VAE of SDXL's kind.
     """
     path = Path(path)
-    if path.exists():
-        check_kind(path, VAES, "the VAE")
-    if path.is_dir():
-        config: Mapping[str, Any] = read_json(path / "config.json")
-        tensors = dict(iterate_tensors(find_weight_files(path)))
-    elif path.is_file():
-        config, tensors = SDXL_VAE_CONFIG, dict(iterate_tensors([path]))
-        beside = path.with_name("config.json")
-        if beside.is_file() and read_json(beside).get("_class_name") == "AutoencoderKL":
-            config = read_json(beside)
-    else:
+    if not path.exists():
         raise CheckpointError(f"VAE not found: {path}.")
+    config = read_config(path)
+    check_kind(path, VAES, "the VAE")
+    tensors = dict(iterate_tensors(find_weight_files(path) if path.is_dir() else [path]))
     return VAE(_load_autoencoder(config, tensors, source=path), device)
 
 
 def _load_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, source: Path) -> AutoencoderKL:
-    from diffusers import AutoencoderKL
-
-    with torch.device("meta"):
-        autoencoder = AutoencoderKL.from_config(dict(config))
+    autoencoder = build_autoencoder(config, device="meta")
     tensors = {name.removeprefix("first_stage_model.").removeprefix("vae."): value for name, value in tensors.items()}
     if "decoder.mid.block_1.conv1.weight" in tensors:
         tensors = from_ldm_names(tensors, autoencoder)
