@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -227,7 +228,7 @@ def load_weights_(
     module: nn.Module,
     tensors: Iterable[tuple[str, torch.Tensor]],
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     source: Path,
     ignored: frozenset[str] = frozenset(),
     on_progress: OnProgress | None = None,
@@ -239,16 +240,18 @@ def load_weights_(
     Args:
         module: on the meta device.
         tensors: every parameter and persistent buffer of the module, under its name.
-        dtype: floating tensors get this dtype.
+        dtype: floating tensors get this dtype; None: keep their own.
         source: the file or folder, for messages.
         ignored: names that may be there and are not used.
-        on_progress: called after each tensor with the bytes that the module holds by then.
+        on_progress: called after each tensor with the bytes (without a dtype: the elements) that the module holds by
+            then. Each tensor is read from the disk for it, which would else happen at its first use.
 
     Raises:
         CheckpointError: a name is missing or unknown, or a shape differs; up to five are shown.
     """
     expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    total = sum(shape.numel() for shape in expected.values()) * dtype.itemsize
+    itemsize = 1 if dtype is None else dtype.itemsize
+    total = sum(shape.numel() for shape in expected.values()) * itemsize
     done = 0
     loaded: dict[str, torch.Tensor] = {}
     unknown: list[str] = []
@@ -262,9 +265,10 @@ def load_weights_(
                 f"{source} does not fit: {name} has the shape {tuple(tensor.shape)}, expected {tuple(expected[name])}."
             )
         else:
-            loaded[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            done += tensor.numel() * dtype.itemsize
+            loaded[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            done += tensor.numel() * itemsize
             if on_progress:
+                _read_pages(loaded[name])
                 on_progress(done, total, f"Loading {source.name}")
     missing = [name for name in expected if name not in loaded]
     if missing or unknown:
@@ -274,6 +278,12 @@ def load_weights_(
         )
     module.load_state_dict(loaded, strict=True, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def _read_pages(tensor: torch.Tensor) -> None:
+    """Reads a mapped tensor from the disk into the system's cache, by one byte of each page."""
+    if tensor.is_contiguous() and tensor.numel():
+        tensor.flatten().view(torch.uint8)[:: mmap.PAGESIZE].sum()
 
 
 def _show(names: list[str]) -> str:
