@@ -84,6 +84,7 @@ def test_diffusers_encoder_agrees(model):
             attention_mask=inputs["attention_mask"],
             position_ids=inputs["position_ids"],
             output_hidden_states=True,
+            use_cache=False,
         ).hidden_states
     from kolors_nodes.kolors.text_encoder import TokenBatch
 
