@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from .conversion import to_prompt
+from .download_command import add_download_command
 from .graph import Graph, NodeClasses, Prompt
 from .host import use_host
 from .lora_command import add_lora_commands
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     add_lora_commands(commands)
     add_train_command(commands)
+    add_download_command(commands)
     return parser
 
 

@@ -8,7 +8,16 @@ from typing import Any
 
 from ..kolors.precision import PRECISIONS, get_dtype
 from .host import Host, get_host
-from .models import DEMO, KOLORS, MODEL_CHOICES, ChatGLM3Model, KolorsModel, find_model, list_vae_folders
+from .models import (
+    DEMO,
+    KOLORS,
+    MODEL_CHOICES,
+    ChatGLM3Model,
+    KolorsModel,
+    describe_missing,
+    find_model,
+    list_vae_folders,
+)
 
 QUANTISED = ("quant4", "quant8")
 
@@ -121,7 +130,7 @@ class LoadChatGLM3:
         host = get_host()
         path = resolve_checkpoint(host, chatglm3_checkpoint)
         beside = path.parent / "tokenizer.model"
-        tokenizer = beside if beside.is_file() else find_tokenizer(find_model(host, KOLORS, "text_encoder"))
+        tokenizer = beside if beside.is_file() else find_tokenizer(find_model(host, KOLORS, "tokenizer"))
         return (load_chatglm3(host, path, tokenizer, "fp16"),)
 
 
@@ -154,12 +163,11 @@ class KolorsVAELoader:
 
 
 def check_model(model: str, part: str) -> bool | str:
-    """Says for VALIDATE_INPUTS whether a model's part is on the disk: True, or what is missing."""
+    """Says for VALIDATE_INPUTS whether a model's part is there or can be fetched: True, or what is missing."""
     try:
-        find_model(get_host(), model, part)
-    except (FileNotFoundError, ValueError) as error:
+        return describe_missing(get_host(), model, part) or True
+    except ValueError as error:
         return str(error)
-    return True
 
 
 def load_chatglm3(host: Host, path: Path, tokenizer_path: Path, precision: str) -> ChatGLM3Model:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,22 +24,25 @@ DEMO_LORAS = DEMO_FOLDER.with_name("loras")
 
 # Names under models/diffusers that people and other packs give the same model, the preferred one first.
 _FOLDER_NAMES = ("Kolors", "Kolors-diffusers", "Kwai-Kolors/Kolors", "Kwai-Kolors/Kolors-diffusers")
-_DOWNLOADS = {  # part of the model: repository, files
-    "unet": ("Kwai-Kolors/Kolors", "unet/*.json unet/*fp16.safetensors"),
-    "text_encoder": ("Kwai-Kolors/Kolors", "text_encoder/*"),
-}
 
 
 @dataclass(frozen=True, eq=False)
 class KolorsModel:
-    """Socket KOLORSMODEL: a UNet, shared by everything that is connected and never changed, and LoRAs on it."""
+    """Socket KOLORSMODEL: a UNet, shared by everything that is connected and never changed, and LoRAs on it.
+
+    Attributes:
+        unet: the base.
+        loras: each with its strength.
+        offload: one of ``OFFLOADS`` of ``kolors/offload.py``.
+    """
 
     unet: UNet2DConditionModel
     loras: tuple[tuple[Lora, float], ...] = ()
+    offload: str = "none"
 
     def with_lora(self, lora: Lora, strength: float) -> KolorsModel:
         """Gives a model with one more LoRA. At a strength of 0 it is this one."""
-        return KolorsModel(self.unet, (*self.loras, (lora, strength))) if strength else self
+        return replace(self, loras=(*self.loras, (lora, strength))) if strength else self
 
     @cached_property
     def patched_unet(self) -> UNet2DConditionModel:
@@ -57,34 +60,77 @@ class ChatGLM3Model:
     tokenizer: Tokenizer
 
 
-def find_model(host: Host, choice: str, part: str) -> Path:
-    """Finds the folder of a model that has a part (``unet`` or ``text_encoder``).
+def find_model(host: Host, choice: str, part: str, source: str = "auto") -> Path:
+    """Finds the folder of a model that has a part, and fetches what of the part is missing.
 
     Args:
-        host: knows the model folders.
+        host: knows the model folders, shows the progress and stops the download on a wish to stop.
         choice: one of ``MODEL_CHOICES``.
-        part: the sub-folder that is needed; another part being there does not make up for it.
+        part: ``unet``, ``text_encoder`` or ``tokenizer``; another part being there does not make up for it.
+        source: where to fetch from, one of ``SOURCES`` of ``kolors/download.py``.
 
     Raises:
-        FileNotFoundError: the part is nowhere; says where it would go and what fetches it.
+        FileNotFoundError: the part is missing and the user allows no network; says where it would go and what
+            fetches it.
+        DownloadError: the part is missing and cannot be fetched.
         ValueError: no model has this name.
     """
+    from ..kolors.download import DownloadError, download, find_missing
+
+    folder = locate_model(host, choice, part)
+    if choice == DEMO or not find_missing(folder, part):
+        return folder
+    missing = describe_missing(host, choice, part)
+    if missing:
+        raise FileNotFoundError(missing)
+    try:
+        download({part: folder}, source=source, verify=False, on_progress=host.report_work)
+    except DownloadError as error:
+        raise DownloadError(f"{error} The {part} of Kolors goes into {folder}; to fetch it by hand: "
+                            f"{get_command(folder, part)}") from error  # fmt: skip
+    return folder
+
+
+def locate_model(host: Host, choice: str, part: str) -> Path:
+    """Gives the folder that has a part of a model, else the one that has most of it, else where it would go.
+
+    Raises:
+        ValueError: no model has this name.
+    """
+    from ..kolors.download import find_missing
+
     if choice not in MODEL_CHOICES:
         raise ValueError(f"No model is called {choice!r}. Choose one of: {', '.join(MODEL_CHOICES)}.")
     if choice == DEMO:
         return DEMO_FOLDER
-    roots = host.get_folders("diffusers")
-    for root in roots:
-        for name in _FOLDER_NAMES:
-            if (root / name / part / "config.json").is_file():
-                return root / name
-    repository, files = _DOWNLOADS[part]
-    target = roots[0] / _FOLDER_NAMES[0]
-    patterns = " ".join(f'"{pattern}"' for pattern in files.split())
-    raise FileNotFoundError(
-        f"Kolors' {part} is not in {target / part}. Fetch it: "
-        f'hf download {repository} --include {patterns} --local-dir "{target}"'
+    folders = [root / name for root in host.get_folders("diffusers") for name in _FOLDER_NAMES]
+    return min(folders, key=lambda folder: len(find_missing(folder, part)))
+
+
+def describe_missing(host: Host, choice: str, part: str) -> str:
+    """Says what of a part is missing that will not be fetched, because the user allows no network; else nothing.
+
+    Raises:
+        ValueError: no model has this name.
+    """
+    from ..kolors.download import SIZES, find_missing
+    from ..kolors.hubs import is_offline
+
+    folder = locate_model(host, choice, part)
+    missing = [] if choice == DEMO or not is_offline() else find_missing(folder, part)
+    if not missing:
+        return ""
+    return (
+        f"Kolors' {part} is not in {folder}: {', '.join(missing)} is missing or incomplete. HF_HUB_OFFLINE is set, so "
+        f"it is not fetched. Unset that, or fetch it by hand ({SIZES[part]}): {get_command(folder, part)}"
     )
+
+
+def get_command(folder: Path, part: str) -> str:
+    """Gives the command that fetches a part into a model's folder."""
+    what = "text_encoder" if part == "tokenizer" else part
+    place = next((parent.parent for parent in folder.parents if parent.name == "diffusers"), None)
+    return f"kolors download --what {what}" + (f' --models-dir "{place}"' if place else "")
 
 
 def list_vae_folders(host: Host) -> dict[str, Path]:

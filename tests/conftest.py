@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network; those of downloads reach a server on this machine
+
 
 @pytest.fixture(scope="session")
 def reference() -> Path:

@@ -23,6 +23,7 @@ ROOMS = {
 DOORS = {
     ("nodes/host.py", "headless"),
     ("headless/command.py", "nodes"),
+    ("headless/download_command.py", "kolors"),
     ("headless/lora_command.py", "lora"),
     ("headless/lora_command.py", "kolors"),
     ("headless/train_command.py", "lora"),

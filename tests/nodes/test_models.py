@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kolors_nodes.headless.host import HeadlessHost
 from kolors_nodes.nodes.loaders import list_checkpoints, resolve_checkpoint
-from kolors_nodes.nodes.models import DEMO, DEMO_FOLDER, KOLORS, find_model, list_vae_folders
+from kolors_nodes.nodes.models import DEMO, DEMO_FOLDER, KOLORS, describe_missing, find_model, list_vae_folders
 
 
 @pytest.fixture
@@ -19,28 +21,63 @@ def put(path):
     path.write_text("{}")
 
 
+def put_part(folder, part):
+    """Writes what a part needs, as small as it can be."""
+    put(folder / part / "config.json")
+    save_file({"weight": torch.zeros(1)}, folder / part / "model.safetensors")
+    put(folder / part / "tokenizer.model")
+
+
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_a_missing_part_says_where_it_goes_and_what_fetches_it(host, part):
+    """On a machine that may not use the network, as all tests run; with it, see test_fetching.py."""
     with pytest.raises(FileNotFoundError) as error:
         find_model(host, KOLORS, part)
     message = str(error.value)
-    assert str(host.models_dir / "diffusers" / "Kolors" / part) in message
-    assert "hf download Kwai-Kolors/Kolors" in message
-    assert f"{part}/" in message
+    assert f"Kolors' {part} is not in {host.models_dir / 'diffusers' / 'Kolors'}: {part}/config.json" in message
+    assert f'kolors download --what {part} --models-dir "{host.models_dir}"' in message
+    assert message == describe_missing(host, KOLORS, part)
 
 
 def test_one_part_does_not_hide_that_another_is_missing(host):
     """A pack that takes the folder for the model never downloads the rest."""
-    put(host.models_dir / "diffusers" / "Kolors" / "text_encoder" / "config.json")
+    put_part(host.models_dir / "diffusers" / "Kolors", "text_encoder")
     assert find_model(host, KOLORS, "text_encoder").name == "Kolors"
+    assert find_model(host, KOLORS, "tokenizer").name == "Kolors"
     with pytest.raises(FileNotFoundError):
         find_model(host, KOLORS, "unet")
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model"])
+def test_a_part_that_lacks_a_file_names_it(host, name):
+    folder = host.models_dir / "diffusers" / "Kolors"
+    put_part(folder, "text_encoder")
+    (folder / "text_encoder" / name).unlink()
+    missing = {
+        "model.safetensors": "text_encoder/model.fp16.safetensors",
+        "tokenizer.model": "tokenizer/tokenizer.model",
+    }
+    expected = missing.get(name, f"text_encoder/{name}")
+    with pytest.raises(FileNotFoundError, match=f": {expected} is missing"):
+        find_model(host, KOLORS, "text_encoder")
+
+
 @pytest.mark.parametrize("name", ["Kolors", "Kolors-diffusers", "Kwai-Kolors/Kolors"])
 def test_finds_the_usual_folder_names(host, name):
-    put(host.models_dir / "diffusers" / name / "unet" / "config.json")
+    put_part(host.models_dir / "diffusers" / name, "unet")
     assert find_model(host, KOLORS, "unet") == host.models_dir / "diffusers" / name
+
+
+def test_a_whole_part_goes_before_a_begun_one(host):
+    put(host.models_dir / "diffusers" / "Kolors" / "unet" / "config.json")
+    put_part(host.models_dir / "diffusers" / "Kolors-diffusers", "unet")
+    assert find_model(host, KOLORS, "unet").name == "Kolors-diffusers"
+
+
+def test_a_begun_part_is_completed_where_it_is(host):
+    put(host.models_dir / "diffusers" / "Kolors-diffusers" / "unet" / "config.json")
+    with pytest.raises(FileNotFoundError, match="Kolors-diffusers: unet/diffusion_pytorch_model.fp16.safetensors"):
+        find_model(host, KOLORS, "unet")
 
 
 def test_the_bundled_model_is_always_there(host):
