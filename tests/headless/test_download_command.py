@@ -1,0 +1,92 @@
+"""`kolors download`: what it prints where, and its exit status. What it does is in tests/kolors/test_download.py."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from kolors_nodes.headless.command import main
+from kolors_nodes.kolors import download as downloads
+from kolors_nodes.kolors.download import DownloadError
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Takes the place of the download itself, and keeps what it was asked for."""
+    kept = []
+
+    def download(folders, *, source, on_progress, on_line):
+        kept.append((folders, source))
+        on_line("Source: huggingface (https://huggingface.co).")
+        on_progress(0, 100, "a.safetensors: 0% of 5.1 GB")
+        on_progress(50, 100, "a.safetensors: 50% of 5.1 GB, 10.0 MB/s, 4:15 left in all")
+        on_line("a.safetensors: 5.1 GB in 8:30, verified.")
+        return "huggingface"
+
+    monkeypatch.setattr(downloads, "download", download)
+    return kept
+
+
+def test_a_line_for_each_file(calls, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["download"]) == 0
+    out, err = capsys.readouterr()
+    model, vae = tmp_path / "models" / "diffusers" / "Kolors", tmp_path / "models" / "vae"
+    assert out.splitlines() == [
+        "Source: huggingface (https://huggingface.co).",
+        "a.safetensors: 5.1 GB in 8:30, verified.",
+        f"All there: {model / 'unet'}, {model / 'text_encoder'}, {vae}",
+    ]
+    assert err == ""  # no terminal, no progress
+    assert calls == [({"unet": model, "text_encoder": model, "vae": vae}, "auto")]
+
+
+def test_options(calls, tmp_path):
+    assert main(["download", "--source", "modelscope", "--what", "vae, unet", "--models-dir", str(tmp_path)]) == 0
+    assert calls == [({"vae": tmp_path / "vae", "unet": tmp_path / "diffusers" / "Kolors"}, "modelscope")]
+
+
+def test_a_terminal_sees_one_line_that_moves(calls, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["download", "--models-dir", str(tmp_path)]) == 0
+    shown = terminal.getvalue()
+    assert "\n" not in shown
+    first, second, *cleared = shown.removeprefix("\r").split("\r")
+    assert first == "a.safetensors: 0% of 5.1 GB"
+    assert second == "a.safetensors: 50% of 5.1 GB, 10.0 MB/s, 4:15 left in all"[:39]
+    assert cleared == [" " * 39, ""]
+
+
+@pytest.mark.parametrize("error", [DownloadError("No answer."), OSError("No answer."), KeyboardInterrupt()])
+def test_failures(tmp_path, monkeypatch, capsys, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(downloads, "download", fail)
+    assert main(["download", "--models-dir", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: Interrupted." if isinstance(error, KeyboardInterrupt) else "error: No answer.")
+
+
+def test_offline(tmp_path, capsys):
+    assert main(["download", "--what", "vae", "--models-dir", str(tmp_path)]) == 1
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--what", "scheduler"], "'scheduler' is no part of Kolors. Choose from: unet, text_encoder, vae"),
+    (["--what", ""], "'' is no part of Kolors"),
+    (["--source", "ftp"], "invalid choice: 'ftp'"),
+])  # fmt: skip
+def test_wrong_arguments(capsys, arguments, message):
+    assert main(["download", *arguments]) == 2
+    assert message in capsys.readouterr().err
