@@ -342,7 +342,10 @@ class ProgressBar:
             self.label = f"{data['class_type']} (node {data['node']})"
             self._show(0.0)
         elif name == "progress":
-            self._show(data["value"] / max(1, data["max"]), f" {data['value']}/{data['max']}")
+            done, total = data["value"], data["max"]
+            is_bytes = total >= 10**6  # while files load or arrive
+            steps = f" {done / 1e6:.0f}/{total / 1e6:.0f} MB" if is_bytes else f" {done}/{total}"
+            self._show(done / max(1, total), steps)
         elif name == "executed":
             self.done += 1
 

@@ -58,7 +58,7 @@ _WEIGHTS: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
 _VARIANTS = (".fp16", "")
 
 _PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds before a request is made again; as many failures without a byte end it
-_INTERVAL = 0.1  # seconds between two reports of progress
+_INTERVAL = 0.5  # seconds between two reports of progress
 _WINDOW = 5.0  # seconds that the speed is an average of
 _SPARE = 2**26  # bytes that shall stay free on a disk
 _WORK_FOLDER = ".fetching"
@@ -167,7 +167,7 @@ def download(
         folders: part → folder, as in ``find_missing``. A part that is whole in another form is kept.
         source: one of ``SOURCES``. ``auto`` takes the first that answers.
         verify: compares the weight files that are there already with the published checksums too.
-        on_progress: called about ten times a second with bytes done, bytes in all and a line of text. May raise to
+        on_progress: called twice a second with bytes done, bytes in all and a line of text. May raise to
             stop; what has arrived stays, and the next call goes on from there.
         on_line: called with a line of text for the source that is used and for each file that is done.
 

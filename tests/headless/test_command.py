@@ -372,9 +372,11 @@ def test_the_bar_counts_nodes_and_steps():
         bar("executed", {"node": "1"})
         bar("executing", {"node": "2", "class_type": "Sampler"})
         bar("progress", {"node": "2", "value": 5, "max": 10})
+        bar("progress", {"node": "2", "value": 2_500_000_000, "max": 5_000_000_000})
     lines = stream.getvalue().split("\r")
     assert "[------------------------] 1/2 Number (node 1)" in lines
     assert "[##################------] 2/2 Sampler (node 2) 5/10" in [line.rstrip() for line in lines]
+    assert "[##################------] 2/2 Sampler (node 2) 2500/5000 MB" in [line.rstrip() for line in lines]
     assert lines[-2].strip() == ""  # cleared at the end
     silent = io.StringIO()
     with ProgressBar(silent) as bar:
