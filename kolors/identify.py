@@ -39,6 +39,9 @@ VAES = frozenset({FileKind.VAE, FileKind.SDXL_CHECKPOINT})  # a whole checkpoint
 PART_KINDS: Mapping[str, frozenset[FileKind]] = MappingProxyType(
     {"unet": KOLORS_UNETS, "text_encoder": TEXT_ENCODERS, "vae": VAES}
 )
+_PART_NAMES: Mapping[str, str] = MappingProxyType(
+    {"unet": "the UNet", "text_encoder": "the text encoder", "vae": "the VAE"}
+)
 
 # What belongs where nothing else does: kind → where it is published.
 _SOURCES: Mapping[FileKind, str] = MappingProxyType(
@@ -160,6 +163,11 @@ def _classify_vae(tensors: Mapping[str, TensorInfo]) -> FileKind | None:
     return None
 
 
+def describe_home(kind: FileKind) -> str:
+    """Says where a file of a kind belongs, as the end of a sentence about it."""
+    return _HOMES[kind]
+
+
 def check_kind(path: Path, expected: frozenset[FileKind] | set[FileKind], place: str) -> FileKind:
     """Checks that a file, or a folder, is of a kind that a place takes.
 
@@ -180,6 +188,15 @@ def check_kind(path: Path, expected: frozenset[FileKind] | set[FileKind], place:
         wanted, source = next((wanted, source) for wanted, source in _SOURCES.items() if wanted in expected)
         what = "folder's file" if path.is_dir() else "file"
         raise CheckpointError(
-            f"{path} is {kind.value}. Expected as {place}: {wanted.value}, {source}. This {what} {_HOMES[kind]}."
+            f"{path} is {kind.value}. Expected as {place}: {wanted.value}, {source}. This {what} {describe_home(kind)}."
         )
     return kind
+
+
+def check_part(path: Path, part: str) -> FileKind:
+    """Checks that a file, or a folder, can be read as a part of the model: ``unet``, ``text_encoder`` or ``vae``.
+
+    Raises:
+        CheckpointError: it cannot, as ``check_kind``.
+    """
+    return check_kind(path, PART_KINDS[part], _PART_NAMES[part])

@@ -12,7 +12,7 @@ from torch import nn
 
 from .checkpoint import CheckpointError, OnProgress, find_weight_files, iterate_tensors, load_weights_, read_json
 from .compact import CompactLayer, Float8Conv2d, Float8Linear, NF4Linear
-from .identify import KOLORS_UNETS, check_kind
+from .identify import check_part
 from .precision import COMPACT_PRECISIONS, get_compute_dtype, replace_precision
 from .unet_names import rename_tensors
 
@@ -91,7 +91,7 @@ def load_unet(
     if not path.exists():
         raise CheckpointError(f"UNet not found: {path}.")
     config = read_config(path)
-    check_kind(path, KOLORS_UNETS, "the UNet")
+    check_part(path, "unet")
     tensors = iterate_tensors(find_weight_files(path) if path.is_dir() else [path])
     precision = replace_precision(precision, device)
     dtype = get_compute_dtype(precision, device)

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from .checkpoint import CheckpointError, find_weight_files, iterate_tensors, load_weights_, read_json
-from .identify import VAES, check_kind
+from .identify import check_part
 from .options import SCALING_FACTOR, VAE_SCALE_FACTOR
+from .upsampling import fold_upsampling_
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -97,7 +98,7 @@ def build_autoencoder(
     from diffusers import AutoencoderKL
 
     with torch.device(device):
-        return AutoencoderKL.from_config(dict(config))
+        return fold_upsampling_(AutoencoderKL.from_config(dict(config)))
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
@@ -124,7 +125,7 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu") -> VAE:
     if not path.exists():
         raise CheckpointError(f"VAE not found: {path}.")
     config = read_config(path)
-    check_kind(path, VAES, "the VAE")
+    check_part(path, "vae")
     tensors = dict(iterate_tensors(find_weight_files(path) if path.is_dir() else [path]))
     return VAE(_load_autoencoder(config, tensors, source=path), device)
 
