@@ -53,13 +53,17 @@ class Host(Protocol):
     def get_intermediate_device(self) -> torch.device:
         """Gives the device for what a node returns."""
 
-    def on_device(self, module: nn.Module, owner: object, cells: int = 0) -> AbstractContextManager[None]:
+    def on_device(
+        self, module: nn.Module, owner: object, cells: int = 0, offload: str = "none"
+    ) -> AbstractContextManager[None]:
         """Gives a context in which a module is on the computing device. A wish to stop acts between its blocks.
 
         Args:
             module: the network that shall run.
             owner: the object on the socket that it belongs to; the host may remember the module as long as it lives.
             cells: latent cells that it will compute at once, of the whole batch, so that the host makes room.
+            offload: one of ``OFFLOADS`` of ``kolors/offload.py``; "blocks": its weights stay on the CPU and visit the
+                device layer by layer.
         """
 
     def report_step(self, step: int, total: int, latents: torch.Tensor | None = None) -> None:
@@ -105,13 +109,12 @@ class RunnerHost:
         return torch.device("cpu")
 
     @contextmanager
-    def on_device(self, module: nn.Module, owner: object, cells: int = 0) -> Iterator[None]:
-        module.to(self.get_device())
-        try:
+    def on_device(self, module: nn.Module, owner: object, cells: int = 0, offload: str = "none") -> Iterator[None]:
+        from ..kolors.offload import place
+
+        with place(module, self.get_device(), offload):
             with stop_between_blocks(module, self._services.raise_if_interrupted):
                 yield
-        finally:
-            module.to("cpu")
 
     def report_step(self, step: int, total: int, latents: torch.Tensor | None = None) -> None:
         self._services.report_progress(step, total)
@@ -184,17 +187,25 @@ class ComfyHost:
         return comfy.model_management.intermediate_device()
 
     @contextmanager
-    def on_device(self, module: nn.Module, owner: object, cells: int = 0) -> Iterator[None]:
+    def on_device(self, module: nn.Module, owner: object, cells: int = 0, offload: str = "none") -> Iterator[None]:
         import comfy.model_management
 
+        from ..kolors.offload import get_device_bytes, is_streamed, place
+
+        device, needed = self.get_device(), cells * module.dtype.itemsize * BYTES_PER_CELL_BYTE
+        if is_streamed(device, offload):
+            comfy.model_management.free_memory(needed + get_device_bytes(module, offload), device)
+            with place(module, device, offload):
+                with stop_between_blocks(module, comfy.model_management.throw_exception_if_processing_interrupted):
+                    yield
+            return
         patcher = _patchers.get(owner)
         if patcher is None or patcher.model[0] is not module:
             patcher = _patchers[owner] = build_patcher(module)
         # The host makes room, and moves the module off again when something else needs the room. In full: it can
         # stream only its own layer classes part by part.
-        needed = cells * module.dtype.itemsize * BYTES_PER_CELL_BYTE
         comfy.model_management.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
-        module.to(self.get_device())  # a model with a LoRA shares weights that may have left with its base
+        module.to(device)  # a model with a LoRA shares weights that may have left with its base
         with stop_between_blocks(module, comfy.model_management.throw_exception_if_processing_interrupted):
             yield
 

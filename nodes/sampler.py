@@ -83,7 +83,8 @@ class KolorsSampler:
         )  # fmt: skip
         samples = None if latent is None else latent["samples"] * SCALING_FACTOR
         unet, embeds = kolors_model.patched_unet, from_socket(kolors_embeds)
-        with host.on_device(unet, kolors_model, count_cells(embeds, options, samples)):
+        cells = count_cells(embeds, options, samples)
+        with host.on_device(unet, kolors_model, cells, kolors_model.offload):
             latents = sample(
                 unet, embeds, options, latents=samples,
                 noise_device="cpu" if noise_device == "cpu" else None, on_step=host.report_step,

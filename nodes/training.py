@@ -357,7 +357,7 @@ def prepare(
     unet = kolors_model.patched_unet
     if prompts:
         regularization = Regularization(prompts=prompts, count=options.regularization_count, sampling=sampling)
-        with host.on_device(unet, kolors_model):
+        with host.on_device(unet, kolors_model, offload=kolors_model.offload):
             data = add_regularization(
                 data, regularization, unet, text_identity=encoders.text_identity, cache=folder / "cache",
                 on_progress=report,
