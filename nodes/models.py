@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -127,10 +129,11 @@ def describe_missing(host: Host, choice: str, part: str) -> str:
 
 
 def get_command(folder: Path, part: str) -> str:
-    """Gives the command that fetches a part into a model's folder."""
+    """Gives the command that fetches a part into a model's folder, as it works on this machine."""
+    command = "kolors" if shutil.which("kolors") else f'"{sys.executable}" "{Path(__file__).parents[1]}"'
     what = "text_encoder" if part == "tokenizer" else part
     place = next((parent.parent for parent in folder.parents if parent.name == "diffusers"), None)
-    return f"kolors download --what {what}" + (f' --models-dir "{place}"' if place else "")
+    return f"{command} download --what {what}" + (f' --models-dir "{place}"' if place else "")
 
 
 def list_vae_folders(host: Host) -> dict[str, Path]:

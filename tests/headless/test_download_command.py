@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +93,17 @@ def test_offline(tmp_path, capsys):
 def test_wrong_arguments(capsys, arguments, message):
     assert main(["download", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_folder_itself_is_the_command(tmp_path):
+    """For those who only cloned it into custom_nodes, whatever the folder is called."""
+    pack = tmp_path / "custom nodes" / "Kolors.Pack"
+    root = Path(__file__).parents[2]
+    for room in ("kolors", "headless", "nodes", "lora"):
+        shutil.copytree(root / room, pack / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("__init__.py", "__main__.py"):
+        shutil.copy(root / name, pack / name)
+    command = [sys.executable, str(pack), "download", "--what", "vae"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: HF_HUB_OFFLINE is set")

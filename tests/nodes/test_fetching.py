@@ -109,4 +109,4 @@ def test_a_failure_says_where_the_part_goes_and_how_to_fetch_it(hub, tmp_path):
         find_model(RunnerHost(HeadlessHost(models_dir=tmp_path)), KOLORS, "unet")
     assert "does not answer" in str(error.value)
     assert f"goes into {tmp_path / 'diffusers' / 'Kolors'}" in str(error.value)
-    assert f'kolors download --what unet --models-dir "{tmp_path}"' in str(error.value)
+    assert f' download --what unet --models-dir "{tmp_path}"' in str(error.value)

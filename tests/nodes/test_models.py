@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from kolors_nodes.headless.host import HeadlessHost
 from kolors_nodes.nodes.loaders import list_checkpoints, resolve_checkpoint
-from kolors_nodes.nodes.models import DEMO, DEMO_FOLDER, KOLORS, describe_missing, find_model, list_vae_folders
+from kolors_nodes.nodes.models import (
+    DEMO,
+    DEMO_FOLDER,
+    KOLORS,
+    describe_missing,
+    find_model,
+    get_command,
+    list_vae_folders,
+)
 
 
 @pytest.fixture
@@ -35,8 +46,17 @@ def test_a_missing_part_says_where_it_goes_and_what_fetches_it(host, part):
         find_model(host, KOLORS, part)
     message = str(error.value)
     assert f"Kolors' {part} is not in {host.models_dir / 'diffusers' / 'Kolors'}: {part}/config.json" in message
-    assert f'kolors download --what {part} --models-dir "{host.models_dir}"' in message
+    assert f' download --what {part} --models-dir "{host.models_dir}"' in message
     assert message == describe_missing(host, KOLORS, part)
+
+
+def test_the_command_that_fetches_works_uninstalled_too(host, monkeypatch):
+    folder = host.models_dir / "diffusers" / "Kolors"
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/kolors")
+    assert get_command(folder, "unet") == f'kolors download --what unet --models-dir "{host.models_dir}"'
+    assert get_command(Path("/elsewhere/Kolors"), "tokenizer") == "kolors download --what text_encoder"
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert get_command(folder, "unet").startswith(f'"{sys.executable}" "{Path(__file__).parents[2]}" download ')
 
 
 def test_one_part_does_not_hide_that_another_is_missing(host):
