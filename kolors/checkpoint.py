@@ -269,7 +269,7 @@ def load_weights_(
             done += tensor.numel() * itemsize
             if on_progress:
                 _read_pages(loaded[name])
-                on_progress(done, total, f"Loading {source.name}")
+                on_progress(done, total, f"Loading {source.name}: {describe_bytes(done, total)}")
     missing = [name for name in expected if name not in loaded]
     if missing or unknown:
         raise CheckpointError(
@@ -278,6 +278,12 @@ def load_weights_(
         )
     module.load_state_dict(loaded, strict=True, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def describe_bytes(done: int, total: int) -> str:
+    """Says how much of how many bytes is done, in powers of 1000: ``2.1 of 5.2 GB``."""
+    unit, factor = next(((unit, factor) for unit, factor in (("GB", 1e9), ("MB", 1e6)) if total >= factor), ("kB", 1e3))
+    return f"{done / factor:.1f} of {total / factor:.1f} {unit}"
 
 
 def _read_pages(tensor: torch.Tensor) -> None:

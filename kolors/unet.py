@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .checkpoint import CheckpointError, OnProgress, find_weight_files, iterate_tensors, load_weights_, read_json
+from .checkpoint import (
+    CheckpointError,
+    OnProgress,
+    describe_bytes,
+    find_weight_files,
+    iterate_tensors,
+    load_weights_,
+    read_json,
+)
 from .compact import CompactLayer, Float8Conv2d, Float8Linear, NF4Linear
 from .identify import check_part
 from .precision import COMPACT_PRECISIONS, get_compute_dtype, replace_precision
@@ -134,7 +142,7 @@ def compact_(
             for attribute, parameter in own.items():
                 setattr(module, attribute, _convert(parameter, dtype))
         if on_progress:
-            on_progress(done, total, f"Storing the UNet as {precision}")
+            on_progress(done, total, f"Loading the UNet as {precision}: {describe_bytes(done, total)}")
     return unet
 
 

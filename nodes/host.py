@@ -82,7 +82,11 @@ class Host(Protocol):
         """Frees ``size`` bytes on the computing device, for something that the host does not load itself."""
 
     def report_work(self, done: int, total: int, text: str, picture: Image | None = None) -> None:
-        """Shows progress with a line of text and perhaps a picture. Raises the host's own exception as above."""
+        """Shows progress with a line of text and perhaps a picture. Raises the host's own exception as above.
+
+        A call with the line that is shown already, and no picture, only looks for the wish to stop: loading calls
+        after each of thousands of tensors.
+        """
 
 
 class RunnerHost:
@@ -94,6 +98,7 @@ class RunnerHost:
 
     def __init__(self, services: HeadlessHost):
         self._services = services
+        self._line = ""
         self.get_folders = services.get_folders
         self.list_files = services.list_files
         self.resolve_file = services.resolve_file
@@ -135,9 +140,12 @@ class RunnerHost:
         """Nothing to do: a model is on the device only while its node runs."""
 
     def report_work(self, done: int, total: int, text: str, picture: Image | None = None) -> None:
+        self._services.raise_if_interrupted()
+        if text == self._line and picture is None:
+            return
+        self._line = text
         logger.info("%s", text)
         self._services.report_progress(done, total, picture)
-        self._services.raise_if_interrupted()
 
 
 class ComfyHost:
@@ -145,6 +153,7 @@ class ComfyHost:
 
     def __init__(self) -> None:
         self._progress_bar: Any = None
+        self._line = ""
         self._previewer: Any = None
 
     def get_folders(self, kind: str) -> list[Path]:
@@ -217,7 +226,8 @@ class ComfyHost:
         comfy.model_management.throw_exception_if_processing_interrupted()
         if self._progress_bar is None:
             self._progress_bar = comfy.utils.ProgressBar(total)
-            self._previewer = None if latents is None else build_previewer(latents.device)
+        if self._previewer is None and latents is not None:
+            self._previewer = build_previewer(latents.device)
         preview = self._previewer.decode_latent_to_preview_image("JPEG", latents) if self._previewer else None
         self._progress_bar.update_absolute(step, total, preview)
 
@@ -244,6 +254,9 @@ class ComfyHost:
         import comfy.utils
 
         comfy.model_management.throw_exception_if_processing_interrupted()
+        if text == self._line and picture is None:
+            return
+        self._line = text
         if self._progress_bar is None:
             self._progress_bar = comfy.utils.ProgressBar(total)
         preview = None if picture is None else ("JPEG", picture, 512)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from kolors_nodes.headless.host import HeadlessHost, Interrupted
+from kolors_nodes.kolors.checkpoint import describe_bytes
 from kolors_nodes.kolors.options import SamplingOptions
 from kolors_nodes.kolors.prompts import PromptEmbeds
-from kolors_nodes.nodes.host import stop_between_blocks
+from kolors_nodes.nodes.host import RunnerHost, stop_between_blocks
 from kolors_nodes.nodes.sampler import count_cells
 
 
@@ -79,3 +81,21 @@ def test_room_is_asked_for_the_whole_batch(prompts, guidance_scale, samples, exp
     )  # fmt: skip
     options = SamplingOptions(width=1024, height=512, guidance_scale=guidance_scale)
     assert count_cells(embeds, options, None if samples is None else torch.zeros(samples)) == expected
+
+
+def test_a_line_that_is_shown_is_not_shown_again_but_a_wish_to_stop_is_heard():
+    shown = []
+    services = HeadlessHost(on_progress=lambda *progress: shown.append(progress))
+    host = RunnerHost(services)
+    for done in range(0, 2_000, 10):
+        host.report_work(done, 2_000, f"Loading: {describe_bytes(done * 10**6, 2 * 10**9)}")
+    assert len(shown) == 21  # 0.0 to 2.0 GB
+    services.interrupt()
+    with pytest.raises(Interrupted):
+        host.report_work(2_000, 2_000, "Loading: 1.9 of 2.0 GB")
+
+
+def test_bytes_are_described_in_the_unit_of_the_whole():
+    assert describe_bytes(2_140_000_000, 5_160_000_000) == "2.1 of 5.2 GB"
+    assert describe_bytes(900_000, 14_000_000) == "0.9 of 14.0 MB"
+    assert describe_bytes(0, 0) == "0.0 of 0.0 kB"
