@@ -40,6 +40,10 @@ class CompactLayer(nn.Module):
         """The shape that the weight has outside of its storage."""
         raise NotImplementedError
 
+    def to_plain(self, weight: torch.Tensor) -> nn.Module:
+        """Gives torch's own layer with a weight instead of the stored one, and the same bias."""
+        raise NotImplementedError
+
     def set_branch_(self, down: torch.Tensor, up: torch.Tensor) -> None:
         """Puts low-rank matrices beside the weight: the layer computes as if up · down were added to it.
 
@@ -70,6 +74,11 @@ class CompactLinear(CompactLayer, nn.Linear):
     def weight_shape(self) -> tuple[int, ...]:
         return self.out_features, self.in_features
 
+    def to_plain(self, weight: torch.Tensor) -> nn.Linear:
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), self.bias
+        return layer
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         output = F.linear(inputs, self.dequantise(inputs.dtype), self._get_bias(inputs.dtype))
         return self._add_branch(output, inputs, F.linear, F.linear)
@@ -90,15 +99,24 @@ class Float8Conv2d(CompactLayer, nn.Conv2d):
     """A convolution that stores its weight as float8; see ``to_float8``."""
 
     def __init__(self, layer: nn.Conv2d):
-        nn.Module.__init__(self)
-        self.__dict__.update({name: value for name, value in vars(layer).items() if not name.startswith("_")})
-        self._reversed_padding_repeated_twice = layer._reversed_padding_repeated_twice
+        super().__init__(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+            layer.groups, bias=False, padding_mode=layer.padding_mode, device="meta",
+        )  # fmt: skip
         self.bias = layer.bias
         _set_float8_(self, layer.weight)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)
+
+    def to_plain(self, weight: torch.Tensor) -> nn.Conv2d:
+        layer = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.groups, bias=False, padding_mode=self.padding_mode, device="meta",
+        )  # fmt: skip
+        layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), self.bias
+        return layer
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return from_float8(self.weight, self.scale, dtype)
@@ -119,6 +137,11 @@ class NF4Linear(CompactLinear):
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return from_nf4(self.weight, self.absmax, dtype).view(self.weight_shape)
+
+
+def get_weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """Gives the shape of a layer's weight, also where it is stored in another."""
+    return module.weight_shape if isinstance(module, CompactLayer) else tuple(module.weight.shape)
 
 
 def _set_float8_(layer: nn.Module, weight: torch.Tensor) -> None:

@@ -134,18 +134,23 @@ class LowRank(Adapter):
         return self.up.shape[0], self.down.shape[1:].numel() * kernel
 
     def get_delta(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
-        up, down = self._get_factors(device)
+        up, down = self.get_factors(device)
         return (up @ down).mul_(self.scale).reshape(shape)
 
     def add_(self, merged: torch.Tensor, base: torch.Tensor, strength: float) -> None:
         if self.magnitude is not None:
             super().add_(merged, base, strength)
             return
-        up, down = self._get_factors(merged.device)
+        up, down = self.get_factors(merged.device)
         merged.flatten(1).addmm_(up, down, alpha=self.scale * strength)
 
-    def _get_factors(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gives (out, r) and (r, in times kernel size)."""
+    @property
+    def is_plain(self) -> bool:
+        """Whether the change is up · down and nothing else."""
+        return self.mid is None and self.magnitude is None
+
+    def get_factors(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gives up and down as matrices in float32, (out, r) and (r, in times kernel size), without the scale."""
         up, down = (tensor.to(device, torch.float32).flatten(1) for tensor in (self.up, self.down))
         if self.mid is not None:
             down = torch.einsum("rskl,si->rikl", self.mid.to(device, torch.float32), down).flatten(1)

@@ -102,10 +102,12 @@ class UNetNames:
 
 def get_unet_names(unet: UNet2DConditionModel) -> UNetNames:
     """Derives the names from a UNet in SDXL's shape, of any size; on the meta device too."""
+    from ..kolors.compact import get_weight_shape  # needs torch, which the nodes load without
+
     modules = []
     for name, sgm, diffsynth in iterate_module_names(unet):
         module = unet.get_submodule(name)
-        shape, has_bias = tuple(module.weight.shape), getattr(module, "bias", None) is not None
+        shape, has_bias = get_weight_shape(module), getattr(module, "bias", None) is not None
         modules.append(ModuleNames(diffusers=name, sgm=sgm, diffsynth=diffsynth, shape=shape, has_bias=has_bias))
     return UNetNames(tuple(modules))
 

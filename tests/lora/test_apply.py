@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
+from kolors_nodes.kolors.compact import CompactLayer
+from kolors_nodes.kolors.offload import stream_weights
 from kolors_nodes.kolors.options import SamplingOptions
 from kolors_nodes.kolors.prompts import PromptEmbeds
 from kolors_nodes.kolors.sampling import sample
 from kolors_nodes.kolors.schedulers import build_scheduler
-from kolors_nodes.lora.adapters import LowRank
+from kolors_nodes.kolors.unet import compact_
+from kolors_nodes.lora.adapters import Difference, LowRank
 from kolors_nodes.lora.apply import apply_loras
 from kolors_nodes.lora.files import load_lora, save_lora
 from kolors_nodes.lora.formats import Lora, LoraError
-from kolors_nodes.lora.names import get_kolors_names
+from kolors_nodes.lora.names import get_kolors_names, get_unet_names
+
+from .conftest import is_matrix
 
 # float32 both; diffusers adds the LoRA's output to the layer's, here the products are in the weight. Measured up to
 # 2e-6 over these steps.
@@ -175,6 +181,83 @@ def test_quantised_weights_are_refused(unet, names, make_lora):
     lora = make_lora(names, chosen=lambda module: module.diffusers == "mid_block.attentions.0.proj_in")
     with pytest.raises(LoraError, match=r"proj_in.weight is quantised \(torch.int8\).*Load the UNet as fp16"):
         apply_loras(base, [(lora, 1.0)])
+
+
+@pytest.fixture(params=["fp8", "nf4"])
+def compact(request, unet):
+    """A UNet with compact weights, and the same in float32 throughout."""
+    compact = compact_(copy.deepcopy(unet), request.param, torch.float32)
+    plain = copy.deepcopy(unet)
+    for name, module in compact.named_modules():
+        if isinstance(module, CompactLayer):
+            plain.get_submodule(name).weight.data = module.dequantise()
+    return compact, plain
+
+
+def test_loras_on_compact_weights_are_those_on_their_values(compact, names, make_lora, embeds):
+    """Of different rank, on linear layers and convolutions, one with a negative strength."""
+    base, plain = compact
+    assert get_unet_names(base) == names
+    loras = [
+        (make_lora(names, rank=4, alpha=6.0, chosen=is_matrix), 0.7),
+        (make_lora(names, rank=8, alpha=2.0, seed=1), -0.5),
+    ]
+    actual = sample(apply_loras(base, loras), embeds, OPTIONS)
+    # Beside the weight here, in it there: the sums have another order, as with diffusers above.
+    assert relative_error(actual, sample(apply_loras(plain, loras), embeds, OPTIONS)) <= TOLERANCE
+    assert relative_error(actual, sample(base, embeds, OPTIONS)) > 100 * TOLERANCE
+
+
+def test_other_adapters_on_compact_weights(compact, names, make_lora, embeds):
+    """A difference of a weight and of a bias, and DoRA: such a layer gets a weight in the dtype that computes."""
+    base, plain = compact
+    generator = torch.Generator().manual_seed(3)
+    block = "mid_block.attentions.0.transformer_blocks.0"
+    adapters = dict(make_lora(names, rank=4).adapters)
+    dora = f"{block}.attn2.to_q.weight"
+    adapters[dora] = replace(adapters[dora], magnitude=torch.rand(64, 1, generator=generator) + 0.3)
+    for name in (f"{block}.ff.net.2.weight", f"{block}.ff.net.2.bias", "mid_block.resnets.0.conv1.weight"):
+        diff = torch.randn(plain.get_parameter(name).shape, generator=generator) * 0.1
+        adapters[name] = Difference(diff=diff)
+    loras = [(Lora(names=names, adapters=adapters), 0.8)]
+    patched = apply_loras(base, loras)
+    assert type(patched.get_submodule(f"{block}.ff.net.2")) is torch.nn.Linear
+    assert type(patched.get_submodule("mid_block.resnets.0.conv1")) is torch.nn.Conv2d
+    expected = sample(apply_loras(plain, loras), embeds, OPTIONS)
+    assert relative_error(sample(patched, embeds, OPTIONS), expected) <= TOLERANCE
+
+
+def test_a_compact_base_keeps_every_bit_and_shares_it(compact, names, make_lora, embeds):
+    base, _ = compact
+    before, objects = get_bits(base), dict(base.named_parameters())
+    first = sample(base, embeds, OPTIONS)
+    lora = make_lora(names, chosen=is_matrix)
+    patched = apply_loras(base, [(lora, 1.0)])
+    sample(patched, embeds, OPTIONS)
+    assert all(parameter is objects[name] for name, parameter in base.named_parameters())
+    after = base.state_dict()
+    assert all(torch.equal(after[name].view(torch.uint8), bits.view(torch.uint8)) for name, bits in before.items())
+    assert torch.equal(sample(base, embeds, OPTIONS), first)
+    own = {name for name, parameter in patched.named_parameters() if parameter is not objects.get(name)}
+    branches = {name for name in own if name.endswith((".down", ".up"))}
+    plain = {
+        name for name in own - branches if not isinstance(base.get_submodule(name.rpartition(".")[0]), CompactLayer)
+    }
+    assert branches and own == branches | plain
+    assert torch.equal(sample(apply_loras(patched, [(lora, 0.0)]), embeds, OPTIONS), sample(patched, embeds, OPTIONS))
+
+
+def test_loras_on_a_unet_that_is_offloaded(compact, names, make_lora, embeds):
+    """The hooks of an offloaded base reach no copy, and the copy can be offloaded itself."""
+    pytest.importorskip("diffusers.hooks.group_offloading", reason="offloading needs diffusers 0.33 or newer")
+    base, _ = compact
+    loras = [(make_lora(names, chosen=is_matrix), 1.0)]
+    expected = sample(apply_loras(base, loras), embeds, OPTIONS)
+    with stream_weights(base, "cpu"):
+        sample(base, embeds, OPTIONS)
+    patched = apply_loras(base, loras)
+    with stream_weights(patched, "cpu"):
+        assert torch.equal(sample(patched, embeds, OPTIONS), expected)
 
 
 def test_a_lora_of_another_model(unet, make_lora):
