@@ -140,12 +140,11 @@ class RunnerHost:
         """Nothing to do: a model is on the device only while its node runs."""
 
     def report_work(self, done: int, total: int, text: str, picture: Image | None = None) -> None:
+        if text != self._line or picture:
+            self._line = text
+            logger.info("%s", text)
+            self._services.report_progress(done, total, picture)
         self._services.raise_if_interrupted()
-        if text == self._line and picture is None:
-            return
-        self._line = text
-        logger.info("%s", text)
-        self._services.report_progress(done, total, picture)
 
 
 class ComfyHost:
