@@ -152,7 +152,7 @@ def _describe_choice(graph: Graph, node_id: str, name: str, value: Any, host: He
         folder = host.get_folders(kind)[0]
         return (
             f"{label}: {name} is {value!r}, which is not in {folder} (there is: {listed}). "
-            f'Fetch one that fits: {command} --local-dir "{folder}"'
+            f'Fetch one that fits: {command} --models-dir "{host.models_dir}"'
         )
     near = difflib.get_close_matches(str(value), choices, n=1)
     choice = near[0] if near else (choices[0] if choices else "VALUE")

@@ -35,7 +35,7 @@ class VAELoader:
 
     DISPLAY_NAME = "Load VAE"
     # For the message about a missing file: the folder that its list shows, and what fetches one that fits.
-    MODEL_FILES = {"vae_name": ("vae", "hf download madebyollin/sdxl-vae-fp16-fix sdxl.vae.safetensors")}
+    MODEL_FILES = {"vae_name": ("vae", "kolors download --what vae")}
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
