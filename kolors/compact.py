@@ -144,6 +144,18 @@ def get_weight_shape(module: nn.Module) -> tuple[int, ...]:
     return module.weight_shape if isinstance(module, CompactLayer) else tuple(module.weight.shape)
 
 
+def expand_(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Puts torch's own layers in place of the compact ones, with the weights that these stand for and branches."""
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, CompactLayer):
+            weight = layer.dequantise()
+            if getattr(layer, "down", None) is not None:
+                weight += (layer.up.float().flatten(1) @ layer.down.float().flatten(1)).view(weight.shape)
+            parent, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, layer.to_plain(weight.to(dtype)))
+    return module
+
+
 def _set_float8_(layer: nn.Module, weight: torch.Tensor) -> None:
     stored, scale = to_float8(weight.detach())
     layer.weight = nn.Parameter(stored, requires_grad=False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..kolors.compact import expand_
 from .adapters import LowRank
 from .apply import share_parameters
 from .formats import Lora
@@ -46,8 +47,11 @@ def build_trainee(
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    trainee = share_parameters(unet).requires_grad_(False)
     base_precision = get_base_precision(options, device)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(base_precision, torch.float16)
+    if device.type == "cpu" and dtype == torch.float16:
+        dtype = torch.float32
+    trainee = expand_(share_parameters(unet), dtype).requires_grad_(False)
     if base_precision in _QUANTISED:
         replace_linears_(trainee, base_precision, get_compute_dtype(options, device))
     config = LoraConfig(
@@ -61,9 +65,6 @@ def build_trainee(
             inject_adapter_in_model(config, trainee)
         except ValueError as error:
             raise TrainingError(f"target_modules is {', '.join(options.target_modules)}: {error}") from error
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(base_precision, torch.float16)
-    if device.type == "cpu" and dtype == torch.float16:
-        dtype = torch.float32
     for module in list(trainee.modules()):
         _place_(module, device, dtype)
     replace_layers_(trainee)

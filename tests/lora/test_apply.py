@@ -20,6 +20,8 @@ from kolors_nodes.lora.apply import apply_loras
 from kolors_nodes.lora.files import load_lora, save_lora
 from kolors_nodes.lora.formats import Lora, LoraError
 from kolors_nodes.lora.names import get_kolors_names, get_unet_names
+from kolors_nodes.lora.options import TrainingOptions
+from kolors_nodes.lora.trainee import build_trainee
 
 from .conftest import is_matrix
 
@@ -258,6 +260,19 @@ def test_loras_on_a_unet_that_is_offloaded(compact, names, make_lora, embeds):
     patched = apply_loras(base, loras)
     with stream_weights(patched, "cpu"):
         assert torch.equal(sample(patched, embeds, OPTIONS), expected)
+
+
+def test_compact_unets_train(compact, names, make_lora):
+    """On the weights that they stand for, LoRAs included, in the precision that the training asks for."""
+    base, plain = compact
+    lora = make_lora(names, chosen=is_matrix)
+    options = TrainingOptions(precision="32")
+    trainee, parameters = build_trainee(apply_loras(base, [(lora, 1.0)]), options, torch.device("cpu"))
+    assert parameters and not any(isinstance(module, CompactLayer) for module in trainee.modules())
+    expected, _ = build_trainee(apply_loras(plain, [(lora, 1.0)]), options, torch.device("cpu"))
+    expected = expected.state_dict()
+    for name, tensor in trainee.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)  # float32, in another order
 
 
 def test_a_lora_of_another_model(unet, make_lora):
