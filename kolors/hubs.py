@@ -18,7 +18,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlencode, urlsplit
 
 TIMEOUT = 15  # seconds for an answer, and for each piece of a file
-_CHUNK = 2**20  # bytes
+_CHUNK = 2**18  # bytes at most; less where the network is slow, so that a wish to stop is heard
 _LISTING_LIMIT = 2**24  # bytes; a listing of these repositories has some kilobytes
 _TRUE = {"1", "ON", "YES", "TRUE"}
 _SECRET_HEADERS = ("Authorization", "Cookie")
@@ -108,7 +108,7 @@ class Hub(ABC):
         try:
             with closing(_open(file.url, headers)) as answer:
                 position = _get_start(answer.headers, file, start) if answer.status == 206 else 0
-                while position < file.size and (chunk := answer.read(min(_CHUNK, file.size - position))):
+                while position < file.size and (chunk := answer.read1(min(_CHUNK, file.size - position))):
                     yield position, chunk
                     position += len(chunk)
         except HTTPError as error:
