@@ -27,6 +27,7 @@ class Pair:
         ours_flops: floating-point operations of one run of ours, 0 where they are not what limits it.
         peer_flops: likewise.
         moved_bytes: least number of bytes that a run must read or write, all weights once per pass.
+        least_seconds: that a run takes by another limit, such as the disk's.
         before: called before each run, outside the time.
         note: what a reader must know of this row.
     """
@@ -38,6 +39,7 @@ class Pair:
     ours_flops: int = 0
     peer_flops: int = 0
     moved_bytes: int = 0
+    least_seconds: float = 0.0
     before: Callable[[], None] | None = None
     note: str = ""
 
@@ -68,7 +70,7 @@ class Row:
         pairs: how many were run.
         ours_gflop: arithmetic of one run, in 10^9 operations.
         peer_gflop: likewise.
-        limit_s: least seconds that this machine needs for our arithmetic or our bytes, whichever is more.
+        limit_s: least seconds that this machine needs for our arithmetic, our bytes or the disk, whichever is most.
         of_limit: ``limit_s / ours_s``: 1 is as fast as the machine can.
         note: what a reader must know.
     """
@@ -168,7 +170,7 @@ def make_row(
     """Makes the row of measured pairs. There is no ratio where the outputs differ."""
     ratios = [peer / ours for ours, peer in zip(ours_s, peer_s, strict=True)]
     equal = difference <= pair.tolerance
-    limit = machine.get_least_seconds(pair.ours_flops, pair.moved_bytes)
+    limit = max(machine.get_least_seconds(pair.ours_flops, pair.moved_bytes), pair.least_seconds)
     ours = statistics.median(ours_s)
     return Row(
         name=name,

@@ -24,7 +24,7 @@ from machine import Machine, measure_machine  # noqa: E402
 from pairs import Case, Row, measure  # noqa: E402
 
 # Modules of this folder with get_cases(quick=...) -> list[Case], in the order of the table.
-THEMES = ("sampling", "text_encoding", "decoding")
+THEMES = ("sampling", "text_encoding", "decoding", "loras", "loading", "starting")
 QUICK_SECONDS = 75.0  # after these no further row is begun, and none repeated
 
 
