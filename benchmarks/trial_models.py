@@ -78,5 +78,5 @@ def make_embeds(width: int, num_tokens: int, *, device: str = "cpu", dtype: torc
 
 def encode_with_bundled_model(prompt: str) -> PromptEmbeds:
     """Encodes a prompt and an empty negative with the bundled text encoder."""
-    encoder = load_text_encoder(DEMO_MODEL / "text_encoder", dtype=torch.float32)
+    encoder = load_text_encoder(DEMO_MODEL / "text_encoder", precision="fp32")
     return encode_prompts(encoder, Tokenizer(find_tokenizer(DEMO_MODEL)), [prompt], [""])

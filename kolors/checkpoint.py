@@ -243,16 +243,17 @@ def load_weights_(
         dtype: floating tensors get this dtype; None: keep their own.
         source: the file or folder, for messages.
         ignored: names that may be there and are not used.
-        on_progress: called after each tensor with the bytes (without a dtype: the elements) that the module holds by
-            then. Each tensor is read from the disk for it, which would else happen at its first use.
+        on_progress: called after each tensor with the bytes (without a dtype: those of the module as it was built)
+            that the module holds by then. Each tensor is read from the disk for it, which would else happen at its
+            first use.
 
     Raises:
         CheckpointError: a name is missing or unknown, or a shape differs; up to five are shown.
     """
-    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    itemsize = 1 if dtype is None else dtype.itemsize
-    total = sum(shape.numel() for shape in expected.values()) * itemsize
-    done = 0
+    state = module.state_dict()
+    expected = {name: tensor.shape for name, tensor in state.items()}
+    sizes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in state.items()}
+    total, done = sum(sizes.values()), 0
     loaded: dict[str, torch.Tensor] = {}
     unknown: list[str] = []
     for name, tensor in tensors:
@@ -260,22 +261,14 @@ def load_weights_(
             continue
         if name not in expected:
             unknown.append(name)
-        elif tensor.shape != expected[name]:
-            raise CheckpointError(
-                f"{source} does not fit: {name} has the shape {tuple(tensor.shape)}, expected {tuple(expected[name])}."
-            )
         else:
+            _check_shape(name, tensor.shape, expected[name], source)
             loaded[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-            done += tensor.numel() * itemsize
+            done += sizes[name]
             if on_progress:
                 _read_pages(loaded[name])
                 on_progress(done, total, f"Loading {source.name}: {describe_bytes(done, total)}")
-    missing = [name for name in expected if name not in loaded]
-    if missing or unknown:
-        raise CheckpointError(
-            f"{source} does not fit: {len(missing)} of {len(expected)} tensors are missing{_show(missing)}, "
-            f"{len(unknown)} are unknown{_show(unknown)}."
-        )
+    _check_names(expected, [*loaded, *unknown], source)
     module.load_state_dict(loaded, strict=True, assign=True)
     return module.requires_grad_(False).eval()
 
@@ -284,6 +277,36 @@ def describe_bytes(done: int, total: int) -> str:
     """Says how much of how many bytes is done, in powers of 1000: ``2.1 of 5.2 GB``."""
     unit, factor = next(((unit, factor) for unit, factor in (("GB", 1e9), ("MB", 1e6)) if total >= factor), ("kB", 1e3))
     return f"{done / factor:.1f} of {total / factor:.1f} {unit}"
+
+
+def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, source: Path) -> None:
+    """Checks names and shapes of a checkpoint, before anything of it is read.
+
+    Raises:
+        CheckpointError: a name is missing or unknown, or a shape differs; up to five are shown.
+    """
+    for name, shape in found.items():
+        if name in expected:
+            _check_shape(name, shape, expected[name], source)
+    _check_names(expected, found, source)
+
+
+def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], source: Path) -> None:
+    if tuple(shape) != tuple(expected):
+        raise CheckpointError(
+            f"{source} does not fit: {name} has the shape {tuple(shape)}, expected {tuple(expected)}."
+        )
+
+
+def _check_names(expected: Iterable[str], found: Iterable[str], source: Path) -> None:
+    expected, found = dict.fromkeys(expected), dict.fromkeys(found)
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    if missing or unknown:
+        raise CheckpointError(
+            f"{source} does not fit: {len(missing)} of {len(expected)} tensors are missing{_show(missing)}, "
+            f"{len(unknown)} are unknown{_show(unknown)}."
+        )
 
 
 def _read_pages(tensor: torch.Tensor) -> None:

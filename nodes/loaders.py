@@ -179,7 +179,7 @@ def load_chatglm3(host: Host, path: Path, tokenizer_path: Path, precision: str) 
         logger.warning("%s is not supported yet: loading the text encoder as fp16 (12 GB).", precision)
         precision = "fp16"
     tokenizer = Tokenizer(tokenizer_path)
-    return ChatGLM3Model(load_text_encoder(path, dtype=get_dtype(precision, host.get_device())), tokenizer)
+    return ChatGLM3Model(load_text_encoder(path, precision=precision, device=host.get_device()), tokenizer)
 
 
 def list_checkpoints(host: Host) -> list[str]:

@@ -96,7 +96,7 @@ def make_classifier(place: Workplace) -> None:
 def make_unet(place: Workplace) -> None:
     """Trains the UNet; its average so far is written at every checkpoint."""
     tokenizer = Tokenizer(place.folder / "tokenizer" / "tokenizer.model")
-    text_encoder = load_text_encoder(place.folder / "text_encoder", dtype=torch.float32)
+    text_encoder = load_text_encoder(place.folder / "text_encoder", precision="fp32")
     data = prepare_data(load_vae(place), text_encoder, tokenizer, place.unet_options)
     logger.info("%d pictures and %d captions encoded", len(data.latents), len(data.rows))
 

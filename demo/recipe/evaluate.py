@@ -70,7 +70,7 @@ def load_demo_model(folder: Path = MODEL_FOLDER) -> DemoModel:
     """Reads the model as the nodes do."""
     return DemoModel(
         tokenizer=Tokenizer(find_tokenizer(folder)),
-        text_encoder=load_text_encoder(folder / "text_encoder", dtype=torch.float32),
+        text_encoder=load_text_encoder(folder / "text_encoder", precision="fp32"),
         unet=load_unet(folder / "unet"),
         vae=load_vae(folder / "vae"),
     )

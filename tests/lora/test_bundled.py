@@ -34,7 +34,7 @@ def unet():
 
 @pytest.fixture(scope="module")
 def encode():
-    text_encoder = load_text_encoder(DEMO_FOLDER / "text_encoder", dtype=torch.float32)
+    text_encoder = load_text_encoder(DEMO_FOLDER / "text_encoder", precision="fp32")
     tokenizer = Tokenizer(find_tokenizer(DEMO_FOLDER))
     return lambda *prompts: encode_prompts(text_encoder, tokenizer, list(prompts), [""] * len(prompts))
 

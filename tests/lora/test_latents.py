@@ -36,7 +36,7 @@ from kolors_nodes.nodes.models import DEMO_FOLDER
 def text_encoder():
     from kolors_nodes.kolors.text_encoder import load_text_encoder
 
-    return load_text_encoder(DEMO_FOLDER / "text_encoder", dtype=torch.float32)
+    return load_text_encoder(DEMO_FOLDER / "text_encoder", precision="fp32")
 
 
 @pytest.fixture(scope="module")
