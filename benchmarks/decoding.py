@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from pairs import Case, Outputs, Pair, count_flops
+from arithmetic import count_flops
+from pairs import Case, Outputs, Pair
 from trial_models import fill_
 
 from kolors_nodes.kolors.vae import SDXL_VAE_CONFIG, VAE, build_autoencoder

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from machine import Machine
-from torch.utils.flop_counter import FlopCounterMode
 
 Outputs = Sequence[torch.Tensor]
 
@@ -110,15 +109,6 @@ def time_run(run: Callable[[], Outputs], before: Callable[[], None] | None = Non
     outputs = run()
     wait_for_device()
     return time.perf_counter() - started, outputs
-
-
-def count_flops(run: Callable[[], object]) -> int:
-    """Counts the floating-point operations of one run, which serves as its warm-up. Attention on CPUs that torch
-    computes in one fused kernel is not counted.
-    """
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 def get_relative_difference(outputs: Outputs, expected: Outputs) -> float:

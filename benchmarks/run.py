@@ -91,6 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(machine, file=sys.stderr)
     rows = []
     for case in cases:
+        machine = machine.take_best(measure_machine(seconds=0.2))
         rows.append(measure_case(case, machine, deadline=deadline))
         print(f"{rows[-1].name}: {_format(rows[-1].ratio, '.2f') or 'no ratio'}", file=sys.stderr)
         gc.collect()

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from arithmetic import build_counter
 from pairs import Case, Outputs, Pair
-from torch.utils.flop_counter import FlopCounterMode
 from trial_models import encode_with_bundled_model, get_bundled_unet, get_mid_size_unet, make_embeds
 
 from kolors_nodes.kolors.options import SamplingOptions
@@ -122,7 +122,7 @@ def count_run_flops(run: Run, steps: int) -> int:
     What is computed once a run falls into the first step; the second is what every further one takes.
     """
     counts: list[int] = []
-    with FlopCounterMode(display=False) as counter:
+    with build_counter() as counter:
         run(min(steps, 2), lambda: counts.append(counter.get_total_flops()))
     return counts[0] + (steps - 1) * (counts[-1] - counts[0]) if steps > 1 else counts[0]
 

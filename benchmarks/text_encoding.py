@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pairs import Case, Outputs, Pair, count_flops
+from arithmetic import count_flops
+from pairs import Case, Outputs, Pair
 from trial_models import fill_
 
 from kolors_nodes.kolors.text_encoder import TextEncoder, TextEncoderConfig, TokenBatch, build_text_encoder
