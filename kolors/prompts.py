@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .text_encoder import TextEncoder, TokenBatch
+from .text_encoder import Text, TextEncoder, TokenBatch, expand_padding
 from .tokenizer import Tokenizer
 
 
@@ -107,15 +107,36 @@ def encode_prompts(
         raise ValueError(f"{len(prompts)} prompts came with {len(negative_prompts)} negative prompts.")
     texts = list(dict.fromkeys([*prompts, *negative_prompts]))
     batch = TokenBatch.from_ids([tokenizer.encode(text) for text in texts], tokenizer.pad_token_id)
-    prompt_embeds, pooled_prompt_embeds = text_encoder.encode(batch)
+    encoded = dict(zip(texts, text_encoder.encode_texts(batch), strict=True))
+    return join_texts(encoded, prompts, negative_prompts, num_images_per_prompt=num_images_per_prompt)
 
-    def select(chosen: Sequence[str], embeds: torch.Tensor) -> torch.Tensor:
-        rows = torch.tensor([texts.index(text) for text in chosen], device=embeds.device)
-        return embeds[rows.repeat_interleave(num_images_per_prompt)]
 
+def join_texts(
+    texts: Mapping[str, Text],
+    prompts: Sequence[str],
+    negative_prompts: Sequence[str],
+    *,
+    num_images_per_prompt: int = 1,
+) -> PromptEmbeds:
+    """Puts encoded texts together for the UNet.
+
+    Args:
+        texts: every prompt and negative, encoded.
+        prompts: see ``encode_prompts``, as the others.
+        negative_prompts: likewise.
+        num_images_per_prompt: likewise.
+    """
+
+    def join(chosen: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        found = [texts[text] for text in chosen for _ in range(num_images_per_prompt)]
+        counts = [torch.tensor([len(text.rows) - 1], device=text.rows.device) for text in found]
+        rows = [expand_padding(text.rows[None], count) for text, count in zip(found, counts, strict=True)]
+        return torch.cat(rows), torch.stack([text.pooled for text in found])
+
+    (prompt_embeds, pooled), (negative_embeds, negative_pooled) = join(prompts), join(negative_prompts)
     return PromptEmbeds(
-        prompt_embeds=select(prompts, prompt_embeds),
-        pooled_prompt_embeds=select(prompts, pooled_prompt_embeds),
-        negative_prompt_embeds=select(negative_prompts, prompt_embeds),
-        negative_pooled_prompt_embeds=select(negative_prompts, pooled_prompt_embeds),
+        prompt_embeds=prompt_embeds,
+        pooled_prompt_embeds=pooled,
+        negative_prompt_embeds=negative_embeds,
+        negative_pooled_prompt_embeds=negative_pooled,
     )

@@ -1,12 +1,16 @@
-"""Files that are whole or absent: written beside, flushed, then renamed. The same content gives the same bytes."""
+"""Files that are whole or absent: written beside, flushed, then renamed. The same content gives the same bytes.
+
+And what a cached result is called: its name says of which model and of which input it is.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -59,3 +63,21 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] |
             return {name: opened.get_tensor(name).clone() for name in opened.keys()}, dict(opened.metadata() or {})
     except (SafetensorError, OSError):
         return None
+
+
+def get_identity(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Gives a model's identity: a digest of names, shapes and 64 values spread over every tensor.
+
+    Reads little of a file that is mapped into memory. The precision does not count as far as values survive it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().astype("<f4")
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()
+
+
+def get_cache_name(*parts: object) -> str:
+    """Gives the file name of what was computed from these parts: model, precision, input."""
+    return f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:40]}.safetensors"

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from ..kolors.options import SCALING_FACTOR, SamplingOptions
-from ..kolors.prompts import PromptEmbeds
+from ..kolors.prompts import PromptEmbeds, join_texts
 from ..kolors.sampling import sample
-from ..kolors.storage import read_tensors, write_tensors
-from ..kolors.text_encoder import TextEncoder, TokenBatch, expand_padding
+from ..kolors.storage import get_cache_name, get_identity, read_tensors, write_tensors
+from ..kolors.text_encoder import Text, TextEncoder, TokenBatch
 from ..kolors.tokenizer import MAX_TOKENS, Tokenizer
 from .dataset import Dataset, get_time_ids, get_views, render_view
 
@@ -27,19 +27,6 @@ EncodePictures = Callable[[torch.Tensor], torch.Tensor]
 
 _CAPTIONS_AT_ONCE = 16
 _PICTURES_AT_ONCE = 4
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Text:
-    """A caption in compact form (see ``kolors.text_encoder``).
-
-    Attributes:
-        rows: (1 + n, D), the pad row first, then n real tokens.
-        pooled: (D,).
-    """
-
-    rows: torch.Tensor
-    pooled: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,21 +63,8 @@ class TrainingData:
     digest: str
 
 
-def get_identity(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Gives a model's identity: a digest of names, shapes and 64 values spread over every tensor.
-
-    Reads little of a file that is mapped into memory. The precision does not count as far as values survive it.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        flat = tensor.detach().flatten()
-        values = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().astype("<f4")
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()
-
-
 def _get_path(cache: Path, kind: str, *parts: object) -> Path:
-    return cache / kind / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:40]}.safetensors"
+    return cache / kind / get_cache_name(*parts)
 
 
 def _encode_missing(
@@ -154,12 +128,9 @@ def encode_captions(
 
     def encode(part: slice) -> list[dict[str, torch.Tensor]]:
         encoder = load()
-        batch = TokenBatch.from_ids(ids[part], tokenizer.pad_token_id).to(encoder.device)
         with torch.no_grad():
-            rows, last = encoder(batch)
-        pooled = last[torch.arange(len(last), device=last.device), batch.num_tokens]
-        counts = batch.num_tokens.tolist()
-        return [{"rows": rows[i, : 1 + n].cpu().clone(), "pooled": pooled[i].cpu()} for i, n in enumerate(counts)]
+            texts = encoder.encode_texts(TokenBatch.from_ids(ids[part], tokenizer.pad_token_id))
+        return [{"rows": text.rows.cpu(), "pooled": text.pooled.cpu()} for text in texts]
 
     found = _encode_missing(
         paths, _CAPTIONS_AT_ONCE, encode, lambda done, total: on_progress("encoding captions", done, total)
@@ -255,13 +226,7 @@ def draw_regularization(
 def get_prompt_embeds(text: Text, negative: Text) -> PromptEmbeds:
     """Gives a caption and a negative in the form that sampling takes: B = 1, all 256 rows."""
 
-    def expand(chosen: Text) -> torch.Tensor:
-        return expand_padding(chosen.rows[None], torch.tensor([len(chosen.rows) - 1]))
-
-    return PromptEmbeds(
-        prompt_embeds=expand(text), pooled_prompt_embeds=text.pooled[None],
-        negative_prompt_embeds=expand(negative), negative_pooled_prompt_embeds=negative.pooled[None],
-    )  # fmt: skip
+    return join_texts({"text": text, "negative": negative}, ["text"], ["negative"])
 
 
 def get_pad_mask(pads: int) -> tuple[float, float]:

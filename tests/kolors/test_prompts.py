@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kolors_nodes.kolors.prompts import PromptEmbeds, choose_alternatives, encode_prompts, parse_prompt
+from kolors_nodes.kolors.text_encoder import Text
 
 
 @pytest.mark.parametrize("prompt", ["", "a cat", "a {cat}", '{"json": 1}', "{", "}", "a } b { c", "{{a}}"])
@@ -51,10 +52,10 @@ class CountingEncoder:
     def __init__(self):
         self.batches = []
 
-    def encode(self, batch):
-        self.batches.append(batch.num_tokens.tolist())
-        values = batch.num_tokens.float()
-        return values[:, None, None].expand(-1, 256, 3), values[:, None].expand(-1, 3)
+    def encode_texts(self, batch):
+        counts = batch.num_tokens.tolist()
+        self.batches.append(counts)
+        return [Text(rows=torch.full((1 + count, 3), count), pooled=torch.full((3,), count)) for count in counts]
 
 
 class LengthTokenizer:
