@@ -18,8 +18,10 @@ from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import AutoencoderKL
     from PIL.Image import Image
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
     from ..headless.host import HeadlessHost
 
@@ -269,6 +271,16 @@ _patchers: WeakKeyDictionary[object, Any] = WeakKeyDictionary()
 
 @contextmanager
 def stop_between_blocks(module: nn.Module, raise_if_interrupted: Callable[[], None]) -> Iterator[None]:
+    """Lets a forward pass end between two blocks while the context lasts."""
+    hooks = add_stop_hooks(module, raise_if_interrupted)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def add_stop_hooks(module: nn.Module, raise_if_interrupted: Callable[[], None]) -> list[RemovableHandle]:
     """Lets a forward pass end between two blocks: one of a large model on the CPU takes minutes.
 
     Training is left to end after a step, with its checkpoint.
@@ -280,12 +292,7 @@ def stop_between_blocks(module: nn.Module, raise_if_interrupted: Callable[[], No
             raise_if_interrupted()
 
     blocks = [block for part in module.modules() if isinstance(part, torch.nn.ModuleList) for block in part]
-    hooks = [block.register_forward_pre_hook(stop) for block in blocks]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return [block.register_forward_pre_hook(stop) for block in blocks]
 
 
 def build_patcher(module: nn.Module) -> Any:
@@ -323,24 +330,38 @@ def build_previewer(device: torch.device) -> Any:
 
 
 def load_comfy_vae(path: Path) -> Any:
-    """Loads a VAE as ComfyUI's own VAE object.
-
-    The host builds every VAE with SDXL's widths and 32 groups per norm. A smaller one gets a host object built
-    around a small stand-in network, which is then replaced by diffusers' network.
+    """Loads a VAE as ComfyUI's own VAE object, which a wish to stop ends between two blocks.
 
     Raises:
         CheckpointError: nothing there, a damaged file, or no VAE of SDXL's kind.
+    """
+    import comfy.model_management
+    import comfy.sd
+
+    from ..kolors.vae import SDXL_VAE_CONFIG, load_vae
+
+    autoencoder = load_vae(path).autoencoder
+    if tuple(autoencoder.config.block_out_channels) == SDXL_VAE_CONFIG["block_out_channels"]:
+        vae = comfy.sd.VAE(sd=dict(autoencoder.state_dict()))
+    else:
+        vae = build_small_comfy_vae(autoencoder)
+    add_stop_hooks(vae.first_stage_model, comfy.model_management.throw_exception_if_processing_interrupted)
+    return vae
+
+
+def build_small_comfy_vae(autoencoder: AutoencoderKL) -> Any:
+    """Makes ComfyUI's VAE object of a VAE that is smaller than SDXL's.
+
+    The host builds every VAE with SDXL's widths and 32 groups per norm. So the object is built around a small
+    stand-in network, which is then replaced by diffusers' network.
     """
     import comfy.ldm.models.autoencoder
     import comfy.model_management
     import comfy.model_patcher
     import comfy.sd
 
-    from ..kolors.vae import SDXL_VAE_CONFIG, PlainAutoencoder, load_vae
+    from ..kolors.vae import PlainAutoencoder
 
-    autoencoder = load_vae(path).autoencoder
-    if tuple(autoencoder.config.block_out_channels) == SDXL_VAE_CONFIG["block_out_channels"]:
-        return comfy.sd.VAE(sd=dict(autoencoder.state_dict()))
     sizes = {"double_z": True, "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32}
     sizes |= {"ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
     params = {"ddconfig": sizes, "embed_dim": 4}
