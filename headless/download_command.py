@@ -53,12 +53,12 @@ def _parse_parts(text: str, parts: tuple[str, ...]) -> tuple[str, ...]:
 
 def run_download(options: argparse.Namespace, out: TextIO) -> int:
     """The command ``kolors download``: the source and a line for each file on ``out``. Returns the exit status."""
-    from ..kolors.download import DownloadError, download
+    from ..kolors.download import DownloadError, choose_folder, download
     from .command import show_log
 
     host = HeadlessHost(models_dir=options.models_dir)
-    model, vae = host.get_folders("diffusers")[0] / "Kolors", host.get_folders("vae")[0]
-    folders = {part: vae if part == "vae" else model for part in options.what}
+    roots = {part: host.get_folders("vae" if part == "vae" else "diffusers") for part in options.what}
+    folders = {part: choose_folder(roots[part], part) for part in options.what}
     with show_log(sys.stderr, options.verbose), _ProgressLine(sys.stderr) as progress:
 
         def show_line(line: str) -> None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 PARTS = ("unet", "text_encoder", "vae")
 SOURCES = ("auto", "huggingface", "modelscope")
 VAE_FILE = "sdxl.vae.safetensors"  # the name in tutorials' workflows
+# Names under models/diffusers that people and other packs give the model, the preferred one first.
+FOLDER_NAMES = ("Kolors", "Kolors-diffusers", "Kwai-Kolors/Kolors", "Kwai-Kolors/Kolors-diffusers")
 SIZES: Mapping[str, str] = MappingProxyType(
     {"unet": "5 GB", "text_encoder": "12 GB", "vae": "0.3 GB", "tokenizer": "1 MB"}
 )
@@ -84,6 +86,17 @@ class _Item:
     def unfinished(self) -> Path:
         mark = (self.file.checksum or "unknown")[:12]
         return self.path.parent / _WORK_FOLDER / f"{self.path.name}.{mark}.part"
+
+
+def choose_folder(roots: Sequence[Path], part: str) -> Path:
+    """Gives the folder that has a part of Kolors, else the one that has most of it, else where it would go.
+
+    Args:
+        roots: ComfyUI's folders for ``diffusers``, those for ``vae`` if that is the part; the preferred one first.
+        part: as in ``find_missing``.
+    """
+    folders = roots if part == "vae" else [root / name for root in roots for name in FOLDER_NAMES]
+    return min(folders, key=lambda folder: len(find_missing(folder, part)))
 
 
 def find_missing(folder: Path, part: str) -> list[str]:

@@ -290,6 +290,8 @@ def _get_start(headers: HTTPMessage, file: RemoteFile, wanted: int) -> int:
 
 def _get_reason(error: Exception) -> str:
     reason = getattr(error, "reason", None) or error
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return f"{reason}: something in between shows a certificate of its own; SSL_CERT_FILE names trusted ones"
     return str(reason) or type(reason).__name__
 
 

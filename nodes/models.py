@@ -24,9 +24,6 @@ MODEL_CHOICES = [KOLORS, DEMO]
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "kolors-shapes"
 DEMO_LORAS = DEMO_FOLDER.with_name("loras")
 
-# Names under models/diffusers that people and other packs give the same model, the preferred one first.
-_FOLDER_NAMES = ("Kolors", "Kolors-diffusers", "Kwai-Kolors/Kolors", "Kwai-Kolors/Kolors-diffusers")
-
 
 @dataclass(frozen=True, eq=False)
 class KolorsModel:
@@ -99,14 +96,13 @@ def locate_model(host: Host, choice: str, part: str) -> Path:
     Raises:
         ValueError: no model has this name.
     """
-    from ..kolors.download import find_missing
+    from ..kolors.download import choose_folder
 
     if choice not in MODEL_CHOICES:
         raise ValueError(f"No model is called {choice!r}. Choose one of: {', '.join(MODEL_CHOICES)}.")
     if choice == DEMO:
         return DEMO_FOLDER
-    folders = [root / name for root in host.get_folders("diffusers") for name in _FOLDER_NAMES]
-    return min(folders, key=lambda folder: len(find_missing(folder, part)))
+    return choose_folder(host.get_folders("diffusers"), part)
 
 
 def describe_missing(host: Host, choice: str, part: str) -> str:

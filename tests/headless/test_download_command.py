@@ -51,6 +51,15 @@ def test_options(calls, tmp_path):
     assert calls == [({"vae": tmp_path / "vae", "unet": tmp_path / "diffusers" / "Kolors"}, "modelscope")]
 
 
+def test_a_begun_part_is_completed_where_it_is(calls, tmp_path):
+    config = tmp_path / "diffusers" / "Kolors-diffusers" / "unet" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text("{}")
+    assert main(["download", "--what", "unet,text_encoder", "--models-dir", str(tmp_path)]) == 0
+    names = {part: folder.name for part, folder in calls[0][0].items()}
+    assert names == {"unet": "Kolors-diffusers", "text_encoder": "Kolors"}
+
+
 def test_a_terminal_sees_one_line_that_moves(calls, tmp_path, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):

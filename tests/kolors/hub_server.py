@@ -39,15 +39,15 @@ class Faults:
     silent: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
     """One request that came in. ``range`` is the header, ``sent`` the number of body bytes that left."""
 
     path: str
     range: str
     token: str
-    sent: int
     is_content: bool
+    sent: int = 0
 
 
 class HubServer:
@@ -234,27 +234,27 @@ class _Handler(BaseHTTPRequestHandler):
     def send_body(
         self, status: int, body: bytes, headers: dict[str, str], *, path: str = "", cut: int | None = None
     ) -> None:
+        token = self.headers.get("Authorization") or self.headers.get("Cookie") or ""
+        request = Request(path, self.headers.get("Range", ""), token, self.is_content)
+        with self.hub.lock:
+            self.hub.requests.append(request)
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        sent = 0
-        if self.command == "GET":
-            try:
-                for count, at in enumerate(range(0, len(body if cut is None else body[:cut]), 2**14)):
-                    if path:
-                        self.hub.gate(count)
-                    piece = body[at : at + 2**14] if cut is None else body[at : min(cut, at + 2**14)]
-                    self.wfile.write(piece)
-                    sent += len(piece)
-                self.wfile.flush()
-            except OSError:  # the other side has gone
-                self.close_connection = True
         if cut is not None:
-            self.close_connection = True
-        token = self.headers.get("Authorization") or self.headers.get("Cookie") or ""
-        with self.hub.lock:
-            self.hub.requests.append(Request(path, self.headers.get("Range", ""), token, sent, self.is_content))
+            body, self.close_connection = body[:cut], True
+        for count, at in enumerate(range(0, len(body) if self.command == "GET" else 0, 2**14)):
+            if path:
+                self.hub.gate(count)
+            piece = body[at : at + 2**14]
+            request.sent += len(piece)  # before it leaves: the other side may be done with it at once
+            try:
+                self.wfile.write(piece)
+            except OSError:  # the other side has gone
+                request.sent -= len(piece)
+                self.close_connection = True
+                return
 
 
 def is_large(path: str) -> bool:
