@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -44,15 +44,6 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """A row to measure: its name, what makes the pair (models are built then), and how many pairs are run."""
-
-    name: str
-    build: Callable[[], Pair]
-    pairs: int = 5
-
-
-@dataclass(frozen=True, kw_only=True)
 class Row:
     """One line of the table.
 
@@ -71,6 +62,8 @@ class Row:
         peer_gflop: likewise.
         limit_s: least seconds that this machine needs for our arithmetic, our bytes or the disk, whichever is most.
         of_limit: ``limit_s / ours_s``: 1 is as fast as the machine can.
+        ours_peak_mib: most memory of the graphics card that a run of ours held beside what was there before it.
+        peer_peak_mib: likewise.
         note: what a reader must know.
     """
 
@@ -87,6 +80,8 @@ class Row:
     peer_gflop: float | None = None
     limit_s: float | None = None
     of_limit: float | None = None
+    ours_peak_mib: float | None = None
+    peer_peak_mib: float | None = None
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -94,21 +89,46 @@ class Row:
         return asdict(self)
 
 
-def wait_for_device() -> None:
-    """Waits until a graphics card has done what it was told."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A row to measure.
+
+    Attributes:
+        name: of the row.
+        build: makes the pair (models are built then), or measures on its own and gives the row.
+        pairs: how many are run.
+    """
+
+    name: str
+    build: Callable[[], Pair | Row]
+    pairs: int = 5
 
 
-def time_run(run: Callable[[], Outputs], before: Callable[[], None] | None = None) -> tuple[float, Outputs]:
-    """Gives the wall seconds of one run, and its outputs."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run: wall seconds, what it computed, and the memory that it took on the graphics card, if there is one."""
+
+    seconds: float
+    outputs: Outputs
+    peak_mib: float | None
+
+
+def time_run(run: Callable[[], Outputs], before: Callable[[], None] | None = None) -> Run:
+    """Runs once. Work on a graphics card is waited for."""
     if before:
         before()
-    wait_for_device()
+    has_card = torch.cuda.is_available()
+    if has_card:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
     started = time.perf_counter()
     outputs = run()
-    wait_for_device()
-    return time.perf_counter() - started, outputs
+    if has_card:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    peak = (torch.cuda.max_memory_allocated() - held) / 2**20 if has_card else None
+    return Run(seconds=seconds, outputs=outputs, peak_mib=peak)
 
 
 def get_relative_difference(outputs: Outputs, expected: Outputs) -> float:
@@ -141,40 +161,41 @@ def measure(name: str, pair: Pair, machine: Machine, *, pairs: int, deadline: fl
         pairs: how many, at least 1.
         deadline: of ``time.perf_counter``; after it no further pair is begun.
     """
-    ours_s, peer_s, differences = [], [], []
+    runs: list[dict[str, Run]] = []
+    difference = 0.0
     for index in range(pairs):
         if index and deadline is not None and time.perf_counter() > deadline:
             break
-        results = {}
-        for side in ("ours", "peer") if index % 2 == 0 else ("peer", "ours"):
-            results[side] = time_run(getattr(pair, side), pair.before)
-        ours_s.append(results["ours"][0])
-        peer_s.append(results["peer"][0])
-        differences.append(get_relative_difference(results["ours"][1], results["peer"][1]))
-    return make_row(name, pair, machine, ours_s, peer_s, max(differences))
+        sides = ("ours", "peer") if index % 2 == 0 else ("peer", "ours")
+        results = {side: time_run(getattr(pair, side), pair.before) for side in sides}
+        difference = max(difference, get_relative_difference(results["ours"].outputs, results["peer"].outputs))
+        # The outputs are let go: a row's memory must not grow with its pairs.
+        runs.append({side: replace(run, outputs=()) for side, run in results.items()})
+    return make_row(name, pair, machine, runs, difference)
 
 
-def make_row(
-    name: str, pair: Pair, machine: Machine, ours_s: Sequence[float], peer_s: Sequence[float], difference: float
-) -> Row:
+def make_row(name: str, pair: Pair, machine: Machine, runs: Sequence[dict[str, Run]], difference: float) -> Row:
     """Makes the row of measured pairs. There is no ratio where the outputs differ."""
-    ratios = [peer / ours for ours, peer in zip(ours_s, peer_s, strict=True)]
+    ratios = [run["peer"].seconds / run["ours"].seconds for run in runs]
+    ours_s, peer_s = (statistics.median(run[side].seconds for run in runs) for side in ("ours", "peer"))
+    ours_peak, peer_peak = (max(run[side].peak_mib or 0.0 for run in runs) or None for side in ("ours", "peer"))
     equal = difference <= pair.tolerance
     limit = max(machine.get_least_seconds(pair.ours_flops, pair.moved_bytes), pair.least_seconds)
-    ours = statistics.median(ours_s)
     return Row(
         name=name,
         peer=pair.peer_name,
-        ours_s=ours,
-        peer_s=statistics.median(peer_s),
+        ours_s=ours_s,
+        peer_s=peer_s,
         ratio=statistics.median(ratios) if equal else None,
         spread=max(ratios) - min(ratios),
         max_relative_difference=difference,
         tolerance=pair.tolerance,
-        pairs=len(ratios),
+        pairs=len(runs),
         ours_gflop=pair.ours_flops / 1e9 or None,
         peer_gflop=pair.peer_flops / 1e9 or None,
         limit_s=limit or None,
-        of_limit=limit / ours if limit else None,
+        of_limit=limit / ours_s if limit else None,
+        ours_peak_mib=ours_peak,
+        peer_peak_mib=peer_peak,
         note=pair.note if equal else f"The outputs differ by more than {pair.tolerance:g}: no ratio. {pair.note}",
     )

@@ -24,7 +24,7 @@ from machine import Machine, measure_machine  # noqa: E402
 from pairs import Case, Row, measure  # noqa: E402
 
 # Modules of this folder with get_cases(quick=...) -> list[Case], in the order of the table.
-THEMES = ("sampling", "text_encoding", "decoding", "loras", "loading", "starting")
+THEMES = ("sampling", "text_encoding", "decoding", "training", "loras", "loading", "starting")
 QUICK_SECONDS = 75.0  # after these no further row is begun, and none repeated
 
 
@@ -49,7 +49,10 @@ def measure_case(case: Case, machine: Machine, *, deadline: float | None) -> Row
     """Builds a case's models and measures it."""
     if deadline is not None and time.perf_counter() > deadline:
         return Row(name=case.name, note="Left out, as the time was up: run it with --only.")
-    return measure(case.name, case.build(), machine, pairs=case.pairs, deadline=deadline)
+    built = case.build()
+    if isinstance(built, Row):
+        return built
+    return measure(case.name, built, machine, pairs=case.pairs, deadline=deadline)
 
 
 def format_table(rows: list[Row]) -> str:
