@@ -433,7 +433,7 @@ def _transfer(item: _Item, part: BinaryIO, meter: _Meter) -> str:
     failures = best = 0
     while (have := part.tell()) < item.file.size:
         best = max(best, have)
-        reason = "it broke off"
+        reason = "the connection broke off."
         try:
             for position, chunk in item.hub.read(item.file, have):
                 if position != part.tell():  # the server cannot begin in the middle
@@ -465,10 +465,10 @@ def _restart(item: _Item, part: BinaryIO, meter: _Meter) -> Any:
 
 
 def _remove_other_parts(item: _Item) -> None:
-    """Removes parts of other versions, which nobody would complete."""
+    """Removes parts of other versions, which nobody would complete, and one of which nobody knows the version."""
     for other in item.unfinished.parent.glob("*.part"):
-        name, mark, _ = other.name.rsplit(".", 2)
-        if name == item.path.name and other != item.unfinished:
+        is_ours = other == item.unfinished and item.file.checksum
+        if other.name.rsplit(".", 2)[0] == item.path.name and not is_ours:
             other.unlink(missing_ok=True)
 
 

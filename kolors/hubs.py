@@ -73,6 +73,7 @@ class Hub(ABC):
     Attributes:
         name: as users choose it.
         endpoint: the address, without a slash at the end.
+        token_hint: how a user gives a token, as a sentence.
     """
 
     name: str

@@ -29,6 +29,7 @@ class Faults:
         statuses: path or repository → status to answer with.
         lost: paths that the listing holds and the hub has not.
         silent: closes every connection without a word.
+        keeps_checksums: ModelScope's listing has none.
     """
 
     cuts: dict[str, list[int]] = field(default_factory=dict)
@@ -37,6 +38,7 @@ class Faults:
     statuses: dict[str, int] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
     silent: bool = False
+    keeps_checksums: bool = False
 
 
 @dataclass
@@ -171,7 +173,8 @@ class _Handler(BaseHTTPRequestHandler):
         files = [{"Name": "unet", "Path": "unet", "Type": "tree", "Size": 0, "Sha256": "", "Revision": COMMIT}]
         for path, content in self.hub.repositories[repository].items():
             entry = {"Name": path.rpartition("/")[2], "Path": path, "Type": "blob", "Size": len(content)}
-            files.append({**entry, "Sha256": get_sha256(content), "Revision": COMMIT, "IsLFS": is_large(path)})
+            checksum = None if self.hub.faults.keeps_checksums else get_sha256(content)
+            files.append({**entry, "Sha256": checksum, "Revision": COMMIT, "IsLFS": is_large(path)})
         self.send_json({"Code": 200, "Data": {"Files": files}, "Message": "success", "RequestId": "1", "Success": True})
 
     # Both

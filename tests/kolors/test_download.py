@@ -643,6 +643,23 @@ def test_parts_of_other_versions_are_removed(hub, unet):
     assert (old.exists(), other.exists()) == (False, True)
 
 
+def test_without_a_checksum_no_part_of_another_call_is_continued(hub, unet):
+    """Nobody could tell whether it is of the same version."""
+    hub.faults.keeps_checksums = True
+    cut_forever(hub, UNET, 500_000)
+    with pytest.raises(DownloadError):
+        download(unet, source="modelscope")
+    assert get_part(unet["unet"]).stat().st_size == 500_000
+    content = hub.repositories[KOLORS][UNET]
+    hub.faults.cuts[UNET] = [300_000]
+    hub.requests.clear()
+    lines = []
+    download(unet, source="modelscope", on_line=lines.append)
+    assert (unet["unet"] / UNET).read_bytes() == content
+    assert [request.range for request in hub.requests if request.path == UNET] == ["", "bytes=300000-"]
+    assert lines[-1].endswith("verified, by its size only: the hub gives no checksum.")
+
+
 def close_hub(hub: HubServer, monkeypatch, name: str) -> None:
     """Gives a hub an address where nobody listens."""
     hub_there = HubServer({})
