@@ -294,11 +294,16 @@ def prepare(
 
     from ..kolors.precision import PRECISIONS
     from ..kolors.unet import load_unet
-    from ..lora.latents import add_regularization, encode_dataset
+    from ..lora.latents import add_regularization, encode_dataset, get_digest
     from ..lora.trainee import get_base_precision
+    from ..lora.training import check_resume, get_place
 
     cache = Path(options.cache_dir) if options.cache_dir else Path(options.output_path) / "kolors-cache"
     encoders = build_encoders(options, device)
+    check_resume(
+        get_place(Path(options.output_path), options.name), training, get_digest(dataset, encoders, regularization),
+        num_processes=int(os.environ.get("WORLD_SIZE", 1)), resume="yes" if options.resume else "no",
+    )  # fmt: skip
     data = encode_dataset(
         dataset, encoders, other_captions=(*training.sample_prompts, *regularization.prompts), seed=training.seed,
         cache=cache, on_progress=progress.on_phase,

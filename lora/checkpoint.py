@@ -77,7 +77,7 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], folder: Path) -> None:
-    """Checks that a checkpoint is of a run with the same settings.
+    """Checks that a checkpoint is of a run with the same settings; the UNet's is left out where it is not known yet.
 
     Raises:
         TrainingError: something differs; says what.
@@ -85,7 +85,7 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], folder: 
     plain = json.loads(json.dumps(settings))
     differing = [
         f"{name} was {checkpoint.settings.get(name)!r}, now {plain.get(name)!r}"
-        for name in sorted({*checkpoint.settings, *plain})
+        for name in sorted({*checkpoint.settings, *plain} - ({"unet"} - plain.keys()))
         if checkpoint.settings.get(name) != plain.get(name)
     ]
     if differing:

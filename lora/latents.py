@@ -324,9 +324,18 @@ def encode_dataset(
         dataset, seed=seed, cache=cache, identity=encoders.vae_identity, load_vae=encoders.load_vae,
         on_progress=on_progress,
     )  # fmt: skip
+    return TrainingData(samples=tuple(samples), captions=captions, digest=get_digest(dataset, encoders))
+
+
+def get_digest(dataset: Dataset, encoders: Encoders, regularization: Regularization | None = None) -> str:
+    """Gives the identity of what a dataset will be encoded to, before anything is."""
     parts = (dataset.digest, encoders.text_identity, encoders.text_precision, encoders.vae_identity)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()
-    return TrainingData(samples=tuple(samples), captions=captions, digest=digest)
+    return _add_to_digest(digest, regularization) if regularization and regularization.prompts else digest
+
+
+def _add_to_digest(digest: str, regularization: Regularization) -> str:
+    return hashlib.sha256((digest + repr(regularization)).encode()).hexdigest()
 
 
 def add_regularization(
@@ -341,5 +350,4 @@ def add_regularization(
         unet, regularization.prompts, data.captions, regularization.sampling, count=regularization.count, cache=cache,
         identity=identity, on_progress=on_progress,
     )  # fmt: skip
-    digest = hashlib.sha256((data.digest + repr(regularization)).encode()).hexdigest()
-    return replace(data, samples=(*data.samples, *drawn), digest=digest)
+    return replace(data, samples=(*data.samples, *drawn), digest=_add_to_digest(data.digest, regularization))

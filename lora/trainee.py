@@ -70,8 +70,12 @@ def build_trainee(
     replace_layers_(trainee)
     if options.gradient_checkpointing:
         trainee.enable_gradient_checkpointing()
-    parameters = {name: value for name, value in trainee.named_parameters() if value.requires_grad}
-    return trainee.train(), dict(sorted(parameters.items()))
+    return trainee.train(), list_trained(trainee)
+
+
+def list_trained(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """Gives the parameters that are trained, in the order of their names, which is the optimizer's."""
+    return dict(sorted((name, value) for name, value in unet.named_parameters() if value.requires_grad))
 
 
 def get_compute_dtype(options: TrainingOptions, device: torch.device) -> torch.dtype:

@@ -31,7 +31,24 @@ from .names import DIFFUSERS, UNetNames, get_unet_names
 from .options import TrainingError, TrainingOptions, check_name
 from .order import Order, build_order, draw_sample, get_seed
 from .plot import draw_loss
-from .trainee import build_trainee, get_lora, get_precision, import_bitsandbytes, set_attention_
+from .sharding import (
+    DEEPSPEED,
+    FSDP,
+    gather,
+    gather_weights,
+    get_sharding,
+    scatter_optimizer_state,
+    set_sharding_,
+)
+from .trainee import (
+    build_trainee,
+    get_compute_dtype,
+    get_lora,
+    get_precision,
+    import_bitsandbytes,
+    list_trained,
+    set_attention_,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -305,14 +322,14 @@ def check_place(place: Place, num_parameters: int = 0) -> None:
         )
 
 
-def build_accelerator(options: TrainingOptions, device: torch.device) -> Accelerator:
-    """Makes accelerate's object for one run.
+def build_accelerator(options: TrainingOptions, device: torch.device, resume: str = "no") -> Accelerator:
+    """Makes accelerate's object for one run, set up for several processes as accelerate's own configuration says.
 
     Raises:
-        TrainingError: accelerate is set to a way of sharing that checkpoints do not support.
+        TrainingError: the configuration is one that does not work here; see ``set_sharding_``.
     """
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, DistributedType
+    from accelerate.state import AcceleratorState
 
     mixed_precision = {"16-mixed": "fp16", "bf16": "bf16", "32": "no"}[get_precision(options, device)]
     if AcceleratorState._shared_state and "WORLD_SIZE" not in os.environ:
@@ -322,23 +339,41 @@ def build_accelerator(options: TrainingOptions, device: torch.device) -> Acceler
         mixed_precision=mixed_precision, cpu=device.type == "cpu", device_placement=False,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
     )  # fmt: skip
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        raise TrainingError(
-            f"accelerate is set to {accelerator.distributed_type.value}, which spreads the optimizer's state over the "
-            "processes; checkpoints here hold it whole. A LoRA's state is small: launch with --multi_gpu instead."
-        )
+    set_sharding_(accelerator, options, resume)
     return accelerator
 
 
-def get_settings(unet: nn.Module, data: TrainingData, options: TrainingOptions, num_processes: int) -> dict[str, Any]:
-    """Gives what must be the same when a run goes on, as plain values."""
+def get_settings(digest: str, options: TrainingOptions, num_processes: int) -> dict[str, Any]:
+    """Gives what must be the same when a run goes on, as plain values; the UNet's identity comes on top.
+
+    Args:
+        digest: of the data.
+        options: of the run.
+        num_processes: that share a batch.
+    """
     settings = asdict(options)
     for name in ("checkpoint_every", "sample_prompts", "sample_steps", "sample_guidance_scale"):
         del settings[name]
     if options.lr_schedule == "constant":  # a longer run begins with the same steps
         del settings["max_train_steps"]
     settings["train_batch_size"] *= num_processes
-    return {**settings, "data": data.digest, "unet": get_identity(unet.state_dict().items())}
+    return {**settings, "data": digest}
+
+
+def check_resume(place: Place, options: TrainingOptions, digest: str, *, num_processes: int = 1, resume: str) -> None:
+    """Checks before anything is encoded what can be known by then of whether a run can go on.
+
+    Args:
+        place: the run's files.
+        options: of the run.
+        digest: of the data, from ``lora.latents.get_digest``.
+        num_processes: that share a batch.
+        resume: as in ``find_start``.
+
+    Raises:
+        TrainingError: what is there has other settings, or went further than asked for.
+    """
+    find_start(place, get_settings(digest, options, num_processes), options, resume)
 
 
 def find_start(place: Place, settings: dict[str, Any], options: TrainingOptions, resume: str) -> Checkpoint | None:
@@ -378,15 +413,17 @@ class _Run:
 
     def __init__(
         self, unet: UNet2DConditionModel, data: TrainingData, options: TrainingOptions, place: Place, watcher: Watcher,
-        device: torch.device, metadata: dict[str, str],
+        device: torch.device, metadata: dict[str, str], resume: str,
     ):  # fmt: skip
         self.data, self.options, self.place, self.watcher = data, options, place, watcher
         self.metadata = metadata
         self.names: UNetNames = get_unet_names(unet)
-        self.accelerator = build_accelerator(options, device)
+        self.accelerator = build_accelerator(options, device, resume)
+        self.sharding = get_sharding(self.accelerator)
         self.device = self.accelerator.device if self.accelerator.num_processes > 1 else device
         processes = self.accelerator.num_processes
-        self.settings = get_settings(unet, data, options, processes)
+        self.settings = get_settings(data.digest, options, processes)
+        self.settings["unet"] = get_identity(unet.state_dict().items())
         self.trainee, self.parameters = build_trainee(unet, options, self.device)
         cells = max(each.latents.shape[2] * each.latents.shape[3] for each in data.samples)
         set_attention_(self.trainee, self.device, cells)
@@ -411,13 +448,18 @@ class _Run:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     parameter.copy_(start.weights[name])
-            self.optimizer.load_state_dict(dict(start.optimizer))
             self.step = self.first_step = start.step
             self.smoothed_loss = start.smoothed_loss
         self._restore_log()
         self.model, self.optimizer = self.accelerator.prepare(self.trainee, self.optimizer)
-        if start and start.scaler and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(dict(start.scaler))
+        if self.sharding:
+            self.parameters = list_trained(self.trainee)  # FSDP puts others in their place
+        if start:
+            spread = self.sharding == FSDP
+            state = scatter_optimizer_state(start.optimizer, self.parameters) if spread else dict(start.optimizer)
+            self.optimizer.load_state_dict(state)
+            if start.scaler and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(dict(start.scaler))
 
     def _restore_log(self) -> None:
         """Cuts the log to the steps that are done; a killed run may have written more, or half a line."""
@@ -443,10 +485,11 @@ class _Run:
         for index in range(options.gradient_accumulation_steps):
             batch = self._get_batch(self.step * options.gradient_accumulation_steps + index)
             with self.accelerator.accumulate(self.model), self._seeded_dropout(index):
-                loss = get_loss(self.model, batch)
+                with self._autocast():
+                    loss = get_loss(self.model, batch)
                 losses.append(self._check_loss(loss, batch))
                 self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients and options.max_grad_norm:
+                if self.accelerator.sync_gradients and options.max_grad_norm and self.sharding != DEEPSPEED:
                     self.accelerator.clip_grad_norm_(list(self.parameters.values()), options.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -462,6 +505,11 @@ class _Run:
             (number * len(indices) + place, self.data.samples[indices[place]]) for place in range(first, first + size)
         ]
         return build_batch(self.data, self.options, chosen, self.alphas_cumprod, self.device)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        """Computes in the run's precision; accelerate does that itself unless FSDP or DeepSpeed cast the weights."""
+        dtype = get_compute_dtype(self.options, self.device)
+        return torch.autocast(self.device.type, dtype, enabled=bool(self.sharding) and dtype != torch.float32)
 
     @contextlib.contextmanager
     def _seeded_dropout(self, index: int) -> Iterator[None]:
@@ -505,21 +553,24 @@ class _Run:
                 file.write(json.dumps(asdict(report)) + "\n")
 
     def get_lora(self) -> Lora:
-        """Gives the LoRA so far."""
+        """Gives the LoRA so far; all processes must call it."""
         metadata = {**self.metadata, "steps": str(self.step)}
-        return get_lora(self.parameters, self.names, self.options.alpha, metadata)
+        return get_lora(gather_weights(self.parameters, self.sharding), self.names, self.options.alpha, metadata)
 
     def save(self) -> None:
-        """Writes checkpoint, LoRA and plot; in the main process alone."""
+        """Writes checkpoint, LoRA and plot, in the main process; all must call it."""
+        weights = gather_weights(self.parameters, self.sharding)
+        optimizer = gather(self.optimizer.state_dict()) if self.sharding != DEEPSPEED else None
+        lora = self.get_lora()
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
-        save_checkpoint(self.place.checkpoints, Checkpoint(
-            step=self.step, total=self.options.max_train_steps, smoothed_loss=self.smoothed_loss, scaler=scaler,
-            weights={name: parameter.detach() for name, parameter in self.parameters.items()},
-            optimizer=self.optimizer.state_dict(), settings=self.settings,
-        ))  # fmt: skip
-        save_lora(self.get_lora(), self.place.lora, DIFFUSERS)
+        if optimizer is not None:
+            save_checkpoint(self.place.checkpoints, Checkpoint(
+                step=self.step, total=self.options.max_train_steps, smoothed_loss=self.smoothed_loss, scaler=scaler,
+                weights=weights, optimizer=optimizer, settings=self.settings,
+            ))  # fmt: skip
+        save_lora(lora, self.place.lora, DIFFUSERS)
         if self.losses:
             draw_loss(self.losses, self.smoothed, self.step - len(self.losses) + 1).save(self.place.plot)
 
@@ -528,6 +579,8 @@ class _Run:
         """Draws the sample prompts with the LoRA so far, into files and to the watcher."""
         if not (self.options.sample_prompts and self.watcher.decode and self.accelerator.is_main_process):
             return
+        if self.sharding:
+            return  # told before training; a forward pass needs all processes
         height, width = (VAE_SCALE_FACTOR * side for side in self.data.samples[0].latents.shape[2:])
         pictures = []
         self.trainee.eval()
@@ -574,7 +627,8 @@ class _Run:
                     self.draw_samples()
             except BaseException:
                 # A watcher that raises, as ComfyUI's progress does on Cancel, leaves a run that can go on.
-                self.save()
+                if not self.sharding:  # saving takes all processes, and the others do not know
+                    self.save()
                 raise
             if self.should_stop():
                 self.save()
@@ -609,7 +663,7 @@ def train(
         header = {"seed": str(options.seed), **(metadata or {})}
         if unet.config.block_out_channels == KOLORS_UNET_CONFIG["block_out_channels"]:
             header.setdefault("base_model", "Kwai-Kolors/Kolors")
-        run = _Run(unet, data, options, place, watcher or Watcher(), torch.device(device), header)
+        run = _Run(unet, data, options, place, watcher or Watcher(), torch.device(device), header, resume)
         run.in_inference_mode = in_inference_mode
         check_place(place, sum(parameter.numel() for parameter in run.parameters.values()))
         start = find_start(place, run.settings, options, resume)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..lora.dataset import Dataset
     from ..lora.formats import Lora
     from ..lora.latents import Encoders, TrainingData
-    from ..lora.training import Watcher
+    from ..lora.training import Place, Watcher
 
 DEMO_DATASET = Path(__file__).parent.parent / "demo" / "lora_dataset"
 PICTURES = DatasetOptions()
@@ -280,7 +280,7 @@ class KolorsTrainLora:
         dataset = replace(dataset, options=replace(dataset.options, width=resolution, height=resolution))
         place = get_place(host.get_output_folder() / FOLDER, name)
         check_place(place)
-        data = prepare(host, kolors_model, chatglm3_model, vae, dataset, replace(options, training=training))
+        data = prepare(host, kolors_model, chatglm3_model, vae, dataset, replace(options, training=training), place)
         result = train(
             kolors_model.patched_unet, data, training, place=place, device=host.get_device(),
             watcher=build_watcher(host, vae), resume="unfinished" if options.resume else "no",
@@ -329,12 +329,13 @@ def get_stamp(folders: list[Path]) -> str:
 
 def prepare(
     host: Host, kolors_model: KolorsModel, chatglm3_model: ChatGLM3Model, vae: Any, dataset: Dataset,
-    options: TrainOptions,
+    options: TrainOptions, place: Place,
 ) -> TrainingData:  # fmt: skip
     """Encodes everything, and makes room for training."""
     from ..kolors.options import SamplingOptions
     from ..lora.dataset import list_enlarged
-    from ..lora.latents import Regularization, add_regularization, encode_dataset
+    from ..lora.latents import Regularization, add_regularization, encode_dataset, get_digest
+    from ..lora.training import check_resume
 
     training, prompts = options.training, options.regularization_prompts
     folder = host.get_output_folder() / FOLDER
@@ -344,19 +345,21 @@ def prepare(
         num_inference_steps=training.sample_steps, guidance_scale=training.sample_guidance_scale,
         height=dataset.options.height, width=dataset.options.width, seed=training.seed,
     )  # fmt: skip
+    regularization = Regularization(prompts=prompts, count=options.regularization_count, sampling=sampling)
 
     def report(phase: str, done: int, total: int) -> None:
         host.report_work(done, total, f"{phase} {done}/{total}")
 
     with ExitStack() as on_device:
         encoders = build_encoders(host, chatglm3_model, vae, on_device)
+        digest = get_digest(dataset, encoders, regularization)
+        check_resume(place, training, digest, resume="unfinished" if options.resume else "no")
         data = encode_dataset(
             dataset, encoders, other_captions=(*training.sample_prompts, *prompts), seed=training.seed,
             cache=folder / "cache", on_progress=report,
         )  # fmt: skip
     unet = kolors_model.patched_unet
     if prompts:
-        regularization = Regularization(prompts=prompts, count=options.regularization_count, sampling=sampling)
         with host.on_device(unet, kolors_model, offload=kolors_model.offload):
             data = add_regularization(
                 data, regularization, unet, text_identity=encoders.text_identity, cache=folder / "cache",
@@ -370,9 +373,8 @@ def build_encoders(host: Host, chatglm3_model: ChatGLM3Model, vae: Any, on_devic
     """Says how text encoder and VAE get onto the device; the first leaves it when the second is needed."""
     from ..lora.latents import Encoders, get_identity
 
-    text_encoder = chatglm3_model.text_encoder
-
     def load_text_encoder() -> Any:
+        text_encoder = chatglm3_model.text_encoder
         on_device.enter_context(host.on_device(text_encoder, chatglm3_model))
         return text_encoder
 
@@ -382,8 +384,8 @@ def build_encoders(host: Host, chatglm3_model: ChatGLM3Model, vae: Any, on_devic
 
     network = getattr(vae, "first_stage_model", None) or vae.autoencoder
     return Encoders(
-        tokenizer=chatglm3_model.tokenizer, text_identity=get_identity(text_encoder.state_dict().items()),
-        text_precision=str(text_encoder.dtype), load_text_encoder=load_text_encoder,
+        tokenizer=chatglm3_model.tokenizer, text_identity=chatglm3_model.identity,
+        text_precision=chatglm3_model.arithmetic, load_text_encoder=load_text_encoder,
         vae_identity=get_identity(network.state_dict().items()), load_vae=load_vae,
     )  # fmt: skip
 

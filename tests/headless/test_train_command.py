@@ -136,7 +136,11 @@ def test_mistakes_are_told_before_anything_is_loaded(workplace, capsys, settings
     assert message in capsys.readouterr().err
 
 
-def test_resuming_with_other_settings(cache, capsys):
+def test_resuming_with_other_settings_is_told_before_anything_is_encoded(cache, capsys, workplace):
     assert main([*TUTORIAL, *SMALL, "--max_train_steps", "1", *cache]) == 0
-    assert main([*TUTORIAL, *SMALL, "--max_train_steps", "2", "--lora_alpha", "8", "--resume", *cache]) != 0
-    assert "alpha was 4.0, now 8.0" in capsys.readouterr().err
+    elsewhere = ["--cache_dir", str(workplace / "empty")]
+    changes = {"--lora_alpha": ("8", "alpha was 4.0, now 8.0"), "--caption": ("x", "data was")}
+    for option, (value, message) in changes.items():
+        assert main([*TUTORIAL, *SMALL, "--max_train_steps", "2", option, value, "--resume", *elsewhere]) == 2
+        assert message in capsys.readouterr().err
+    assert not (workplace / "empty").exists()
