@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 # What a UNet of SDXL's kind computes beside its weights, per byte of a latent cell in one channel.
 # Source: ComfyUI's model_base.py, memory_required, with SDXL's memory_usage_factor of 0.8.
 BYTES_PER_CELL_BYTE = 0.01 * 0.8 * 2**20
+
+# A line under a node makes it taller for good, over what is below it: not worth it for work that is done at once.
+SECONDS_BEFORE_TEXT = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +159,7 @@ class ComfyHost:
     def __init__(self) -> None:
         self._progress_bar: Any = None
         self._line = ""
+        self._work_start = 0.0
         self._previewer: Any = None
 
     def get_folders(self, kind: str) -> list[Path]:
@@ -260,9 +265,11 @@ class ComfyHost:
         self._line = text
         if self._progress_bar is None:
             self._progress_bar = comfy.utils.ProgressBar(total)
+            self._work_start = time.monotonic()
         preview = None if picture is None else ("JPEG", picture, 512)
         self._progress_bar.update_absolute(done, total, preview)
-        send_text(text)
+        if time.monotonic() - self._work_start > SECONDS_BEFORE_TEXT:
+            send_text(text)
 
 
 # The host's handle on each model that a node has run, as long as the model lives. Models are told apart by identity.

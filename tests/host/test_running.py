@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
+import re
 import subprocess
 import time
 
@@ -10,6 +13,7 @@ import pytest
 from PIL import Image
 
 GROWTH = 0.02  # of the resident size
+TEXT_EVENT = b"\0\0\0\3"  # how a message begins that carries a line of text for a node
 RIVAL = '''"""A pack with some of the same node ids."""
 
 
@@ -135,6 +139,47 @@ def test_cancel_acts_and_the_next_run_works(server, demo_prompt, find_inputs, cl
 
 
 @pytest.fixture
+def full_size_unet(base, reference):
+    """A file of the real UNet's names, shapes and size, all zeros; it takes no room on most disks."""
+    shapes = json.loads((reference / "kolors" / "unet_state_dict_shapes.json").read_text(encoding="utf-8"))
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    path = base / "models" / "diffusion_models" / "kolors zeros.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
+    yield path
+    path.unlink()
+
+
+def test_loading_says_how_far_it_is_and_cancel_ends_it(server, full_size_unet, demo_prompt):
+    (loader,) = (id for id, node in demo_prompt.items() if node["class_type"] == "DownloadAndLoadKolorsModel")
+    inputs = {"unet_name": full_size_unet.name, "precision": "bf16"}
+    prompt = {**demo_prompt, loader: {"class_type": "LoadKolorsUNet", "inputs": inputs}}
+    shares, texts = [], []
+    with server.listen() as (client_id, messages):
+        server.queue(prompt, client_id)
+        for message in messages:
+            kind, data = message["type"], message.get("data")
+            if kind == "preview" and data[:4] == TEXT_EVENT:
+                texts.append(data.decode(errors="replace"))
+                server.post("/interrupt")
+            elif kind == "progress" and data["node"] == loader:
+                shares.append(data["value"] / data["max"])
+            elif kind in ("execution_success", "execution_error", "execution_interrupted"):
+                break
+    assert kind == "execution_interrupted", message
+    assert prompt[data["node_id"]]["class_type"] == "LoadKolorsUNet"
+    assert shares == sorted(shares) and shares[-1] < 1
+    assert re.search(r"Loading kolors zeros.safetensors: [\d.]+ of 5\.2 GB", texts[0])
+    server.run(demo_prompt)
+
+
+@pytest.fixture
 def training_prompt():
     """A training on the bundled model and dataset, long enough to be stopped."""
     demo = "kolors-shapes (demo)"
@@ -154,18 +199,22 @@ def training_prompt():
 
 
 def watch_training(server, prompt, stop_at=None) -> tuple[str, list[int], list[str]]:
-    """Runs a training; asks it to stop at a step if told so. Gives how it ended, its steps and its texts."""
+    """Runs a training; asks it to stop once it has done steps and told its loss, if a number of steps is given.
+
+    Gives how it ended, its steps and its texts.
+    """
     steps, texts = [], []
     with server.listen() as (client_id, messages):
         server.queue(prompt, client_id)
         for message in messages:
             kind, data = message["type"], message.get("data")
             if kind == "preview":
-                texts += [data.decode(errors="replace")] if data[:4] == b"\0\0\0\3" else []
+                texts += [data.decode(errors="replace")] if data[:4] == TEXT_EVENT else []
             elif kind == "progress" and data["node"] == "5" and data["max"] == prompt["5"]["inputs"]["steps"]:
                 steps.append(data["value"])
-                if stop_at is not None and len(steps) == stop_at:
+                if stop_at is not None and len(steps) >= stop_at and any("loss" in text for text in texts):
                     server.post("/interrupt")
+                    stop_at = None
             elif kind in ("execution_success", "execution_error", "execution_interrupted"):
                 return kind, steps, texts
 
