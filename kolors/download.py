@@ -178,7 +178,7 @@ def download(
 
     Args:
         folders: part → folder, as in ``find_missing``. A part that is whole in another form is kept.
-        source: one of ``SOURCES``. ``auto`` takes the first that answers.
+        source: one of ``SOURCES``. ``auto`` takes the first that answers, and goes on with the next where one stops.
         verify: compares the weight files that are there already with the published checksums too.
         on_progress: called twice a second with bytes done, bytes in all and a line of text. May raise to
             stop; what has arrived stays, and the next call goes on from there.
@@ -197,45 +197,43 @@ def download(
         )
     if is_offline():
         raise DownloadError("HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it to allow the network.")
-    try:
-        hub, items = _plan(folders, source)
-        _tell(f"Source: {hub}.", on_line)
-        to_fetch, to_verify = _sort(items, folders, verify)
-        _check_space(to_fetch)
-        meter = _Meter(sum(item.file.size for item in (*to_fetch, *to_verify)), on_progress)
-        for item in to_verify:
-            _verify(item, meter)
-        for item in to_fetch:
-            _tell(_fetch(item, meter), on_line)
-    except HubError as error:
-        raise DownloadError(str(error)) from error
+    hubs = [hub() for hub in _HUBS if source in ("auto", hub.name)]
+    for hub in hubs:
+        try:
+            _download_from(hub, folders, verify, _Meter(on_progress), on_line)
+            return hub.name
+        except HubUnreachable as error:
+            if hub is hubs[-1]:
+                raise DownloadError(
+                    f"{error} Check the connection. HTTPS_PROXY names a proxy, HF_ENDPOINT a mirror of Hugging Face."
+                ) from error
+            logger.warning("%s Trying the next source.", error)
+        except HubError as error:
+            raise DownloadError(str(error)) from error
+    raise AssertionError("every hub serves or raises")
+
+
+def _download_from(
+    hub: Hub, folders: Mapping[str, Path], verify: bool, meter: _Meter, on_line: Callable[[str], None] | None
+) -> None:
+    items = [item for part, folder in folders.items() for item in _list_items(hub, part, folder)]
+    _tell(f"Source: {hub}.", on_line)
+    to_fetch, to_verify = _sort(items, folders, verify)
+    _check_space(to_fetch)
+    meter.total = sum(item.file.size for item in (*to_fetch, *to_verify))
+    for item in to_verify:
+        _verify(item, meter)
+    for item in to_fetch:
+        _tell(_fetch(item, meter), on_line)
     missing = [str(folder / name) for part, folder in folders.items() for name in find_missing(folder, part)]
     if missing:
-        raise DownloadError(f"{hub} has not all that is needed: {', '.join(missing)} is still missing.")
-    return hub.name
+        raise HubError(f"{hub} has not all that is needed: {', '.join(missing)} is still missing.")
 
 
 def _tell(line: str, on_line: Callable[[str], None] | None) -> None:
     logger.info("%s", line)
     if on_line:
         on_line(line)
-
-
-def _plan(folders: Mapping[str, Path], source: str) -> tuple[Hub, list[_Item]]:
-    """Gives the hub that is used and the files to have, from the first hub that answers."""
-    hubs = [hub() for hub in _HUBS if source in ("auto", hub.name)]
-    for hub in hubs:
-        try:
-            items = [item for part, folder in folders.items() for item in _list_items(hub, part, folder)]
-        except HubUnreachable as error:
-            if hub is hubs[-1]:
-                raise HubUnreachable(
-                    f"{error} Check the connection. HTTPS_PROXY names a proxy, HF_ENDPOINT a mirror of Hugging Face."
-                ) from error
-            logger.warning("%s Trying the next source.", error)
-        else:
-            return hub, items
-    raise AssertionError("every hub answers or raises")
 
 
 def _list_items(hub: Hub, part: str, folder: Path) -> list[_Item]:
@@ -448,7 +446,7 @@ def _transfer(item: _Item, part: BinaryIO, meter: _Meter) -> str:
         failures = failures + 1 if part.tell() <= best else 0
         if failures > len(_PAUSES):
             part.flush()
-            raise DownloadError(
+            raise HubUnreachable(
                 f"{item.path.name} from {item.hub}: {reason} {format_size(part.tell())} of "
                 f"{format_size(item.file.size)} have arrived and are kept; run the same again, it goes on from there."
             )
@@ -514,12 +512,12 @@ class _Meter:
     """Counts bytes and says how far it is.
 
     Attributes:
-        total: bytes to do in all.
         on_progress: as in ``download``.
+        total: bytes to do in all.
     """
 
-    total: int
     on_progress: OnProgress | None
+    total: int = 0
     done: int = 0
     name: str = ""
     file_size: int = 0

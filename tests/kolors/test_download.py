@@ -114,7 +114,7 @@ def get_part(folder: Path) -> Path:
 
 def cut_forever(hub: HubServer, path: str, size: int) -> None:
     """Lets ``size`` bytes through, and then nothing."""
-    hub.faults.cuts[path] = [size] + [0] * 5
+    hub.faults.cuts[path] = [size] + [0] * 11  # of two hubs
 
 
 def test_the_server_speaks_hugging_face(hub, tmp_path):
@@ -197,7 +197,7 @@ def test_resumed_by_another_call_after_the_connection_is_gone(hub, unet, point):
     content = hub.repositories[KOLORS][UNET]
     cut_forever(hub, UNET, point)
     with pytest.raises(DownloadError, match="have arrived and are kept; run the same again"):
-        download(unet)
+        download(unet, source="huggingface")
     assert not (unet["unet"] / UNET).exists()
     assert get_part(unet["unet"]).stat().st_size == point
     assert find_missing(unet["unet"], "unet") == [UNET]
@@ -588,7 +588,7 @@ def test_a_server_that_ignores_ranges_and_always_breaks_off_is_given_up(hub, une
     hub.faults.ignores_ranges = True
     hub.faults.cuts[UNET] = [1_000_000] * 20
     with pytest.raises(DownloadError, match="have arrived and are kept"):
-        download(unet)
+        download(unet, source="huggingface")
     assert len(hub.faults.cuts[UNET]) >= 12
 
 
@@ -687,6 +687,19 @@ def test_auto_takes_modelscope_where_hugging_face_fails(hub, unet, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", failing.endpoint)
     assert download(unet) == "modelscope"
     failing.close()
+
+
+def test_auto_goes_on_with_modelscope_where_hugging_face_stops(hub, unet, monkeypatch, caplog):
+    """Its content server may be out of reach where the hub itself answers."""
+    stopping = HubServer(make_repositories())
+    monkeypatch.setenv("HF_ENDPOINT", stopping.endpoint)
+    cut_forever(stopping, UNET, 600_000)
+    assert download(unet) == "modelscope"
+    content = hub.repositories[KOLORS][UNET]
+    assert (unet["unet"] / UNET).read_bytes() == content
+    assert (stopping.count_sent(UNET), hub.count_sent(UNET)) == (600_000, len(content) - 600_000)
+    assert "600.0 kB of 2.0 MB have arrived and are kept" in caplog.text
+    stopping.close()
 
 
 def test_a_page_in_place_of_a_listing_is_no_answer(hub, unet, monkeypatch):
