@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import nn
 
+from .bands import decode_in_bands, encode_in_bands
 from .checkpoint import CheckpointError, find_weight_files, iterate_tensors, load_weights_, read_json
 from .identify import check_part
 from .options import SCALING_FACTOR, VAE_SCALE_FACTOR
@@ -31,8 +35,19 @@ SDXL_VAE_CONFIG: Mapping[str, Any] = MappingProxyType(
 )
 
 
+# Numbers that a pass holds at its peak beside the weights, per pixel and channel of the full size's layers: 768 / 128
+# in decoding, counted on the meta device, and a quarter more for what kernels need.
+NUMBERS_PER_CHANNEL = 7.5
+
+logger = logging.getLogger(__name__)
+
+
 class PlainAutoencoder(nn.Module):
-    """diffusers' autoencoder from tensor to tensor: pictures (B, 3, H, W) in [-1, 1], latents (B, 4, h, w)."""
+    """diffusers' autoencoder from tensor to tensor: pictures (B, 3, H, W) in [-1, 1], latents (B, 4, h, w).
+
+    Pictures pass one at a time and in one memory layout, so that a batch needs the memory of one and the same picture
+    gives the same bits in every batch and under every host.
+    """
 
     def __init__(self, autoencoder: AutoencoderKL):
         super().__init__()
@@ -40,27 +55,34 @@ class PlainAutoencoder(nn.Module):
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """Gives the means of the latents, without the scaling factor."""
-        return self.autoencoder.encode(pictures).latent_dist.mode()
+        encode = self.autoencoder.encode
+        return torch.cat([encode(picture.contiguous()).latent_dist.mode() for picture in pictures.split(1)])
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Gives the pictures of latents without the scaling factor."""
-        return self.autoencoder.decode(latents, return_dict=False)[0]
+        decode = self.autoencoder.decode
+        return torch.cat([decode(latent.contiguous(), return_dict=False)[0] for latent in latents.split(1)])
 
 
 class VAE:
     """Turns pictures into latents and back, as ComfyUI's VAE object does.
 
-    Pictures are (B, H, W, 3) float32 in [0, 1] on the CPU, latents (B, 4, h, w) without the scaling factor.
-    Pictures pass one at a time, so that a batch needs the memory of one.
+    Pictures are (B, H, W, 3) float32 in [0, 1] on the CPU, latents (B, 4, h, w) without the scaling factor. What
+    does not fit the free memory at once passes in bands, with the same result.
 
     Args:
-        autoencoder: the network, in float32: SDXL's original VAE overflows in half precision.
+        autoencoder: the network, in float32.
         device: where it runs.
+        dtype: what decodes. SDXL's original VAE overflows in float16: such a picture is decoded again in float32, and
+            so is every later one. Encoding is float32 always.
     """
 
-    def __init__(self, autoencoder: AutoencoderKL, device: torch.device | str = "cpu"):
+    def __init__(
+        self, autoencoder: AutoencoderKL, device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32
+    ):
         self.autoencoder = autoencoder.to(device)
-        self._network = PlainAutoencoder(autoencoder)
+        self._dtype = dtype
+        self._networks = {torch.float32: PlainAutoencoder(autoencoder)}
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -74,9 +96,21 @@ class VAE:
             raise ValueError(
                 f"The latent has the shape {tuple(latents.shape)}, this VAE takes (batch, {channels}, h, w)."
             )
-        latents = latents.to(self.autoencoder.device, torch.float32)
-        pictures = [self._network.decode(latent[None]).cpu() for latent in latents]
-        return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+        pictures = [self._decode(latent).float() for latent in latents.split(1)]
+        return ((torch.cat(pictures) + 1) / 2).clamp(0, 1).movedim(1, -1)
+
+    def _decode(self, latent: torch.Tensor) -> torch.Tensor:
+        dtype = self._dtype
+        if dtype not in self._networks:
+            self._networks[dtype] = PlainAutoencoder(copy.deepcopy(self.autoencoder)).to(dtype)
+        pixels = VAE_SCALE_FACTOR**2 * latent.shape[2:].numel()
+        picture = self._run(self._networks[dtype].decode, decode_in_bands, latent, dtype, pixels)
+        if dtype == torch.float32 or picture.isfinite().all():
+            return picture
+        logger.info("This VAE overflows in %s: decoding in float32. SDXL's fp16-fix VAE does not.", dtype)
+        self._dtype = torch.float32
+        del self._networks[dtype]
+        return self._decode(latent)
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -87,8 +121,39 @@ class VAE:
         height, width = (side // VAE_SCALE_FACTOR * VAE_SCALE_FACTOR for side in pictures.shape[1:3])
         top, left = (pictures.shape[1] - height) // 2, (pictures.shape[2] - width) // 2
         pictures = pictures[:, top : top + height, left : left + width, :3].movedim(-1, 1) * 2 - 1
-        pictures = pictures.to(self.autoencoder.device, torch.float32)
-        return torch.cat([self._network.encode(picture[None]).cpu() for picture in pictures])
+        run = self._networks[torch.float32].encode
+        return torch.cat(
+            [self._run(run, encode_in_bands, one, torch.float32, height * width) for one in pictures.split(1)]
+        )
+
+    def _run(
+        self,
+        run: Callable[[torch.Tensor], torch.Tensor],
+        run_in_bands: Callable[[AutoencoderKL, torch.Tensor], torch.Tensor],
+        inputs: torch.Tensor,
+        dtype: torch.dtype,
+        pixels: int,
+    ) -> torch.Tensor:
+        """Runs the network on one picture, in bands if there is no room for it at once; the result is on the CPU."""
+        autoencoder = self._networks[dtype].autoencoder
+        device = autoencoder.device
+        inputs = inputs.to(device, dtype)
+        needed = NUMBERS_PER_CHANNEL * autoencoder.config.block_out_channels[0] * pixels * dtype.itemsize
+        if needed < get_free_memory(device):
+            try:
+                return run(inputs).cpu()
+            except torch.cuda.OutOfMemoryError:
+                logger.info("The estimate for the VAE was too low: out of memory on %s.", device)
+        logger.info("The VAE takes a picture of %d pixels in bands: %d MB are not free.", pixels, needed // 10**6)
+        return run_in_bands(autoencoder, inputs)
+
+
+def get_free_memory(device: torch.device) -> int:
+    """Gives the bytes that can be had on a device without moving anything away."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return psutil.virtual_memory().available
 
 
 def build_autoencoder(
@@ -115,19 +180,25 @@ def read_config(path: Path) -> Mapping[str, Any]:
     return config if config.get("_class_name") == "AutoencoderKL" else SDXL_VAE_CONFIG
 
 
-def load_vae(path: str | Path, *, device: torch.device | str = "cpu") -> VAE:
+def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> VAE:
     """Loads a VAE from a diffusers folder or from one file in the original (LDM) or in diffusers' naming.
+
+    Args:
+        path: the folder or the file.
+        device: where it runs.
+        dtype: what decodes; None: float16 on CUDA, float32 elsewhere.
 
     Raises:
         CheckpointError: nothing there, a damaged file, or no VAE of SDXL's kind.
     """
-    path = Path(path)
+    path, device = Path(path), torch.device(device)
     if not path.exists():
         raise CheckpointError(f"VAE not found: {path}.")
     config = read_config(path)
     check_part(path, "vae")
     tensors = dict(iterate_tensors(find_weight_files(path) if path.is_dir() else [path]))
-    return VAE(_load_autoencoder(config, tensors, source=path), device)
+    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    return VAE(_load_autoencoder(config, tensors, source=path), device, dtype=dtype)
 
 
 def _load_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, source: Path) -> AutoencoderKL:
