@@ -562,10 +562,11 @@ class _Meter:
             time.sleep(min(0.2, left))
 
     def _describe_speed(self, now: float) -> str:
-        if not self.arrivals:
-            return ""
-        speed = sum(count for _, count in self.arrivals) / max(0.1, now - self.arrivals[0][0])
-        return f"{speed / 1e6:.1f} MB/s, {_format_time((self.total - self.done) / speed)} left in all"
+        span = now - self.arrivals[0][0] if self.arrivals else 0.0
+        if span < 0.5:
+            return ""  # too short to tell
+        speed = sum(count for _, count in self.arrivals) / span
+        return f"{speed / 1e6:.1f} MB/s, {_format_time((self.total - self.done) / speed)} left"
 
 
 def format_size(size: int) -> str:

@@ -24,7 +24,7 @@ def calls(monkeypatch):
         kept.append((folders, source))
         on_line("Source: huggingface (https://huggingface.co).")
         on_progress(0, 100, "a.safetensors: 0% of 5.1 GB")
-        on_progress(50, 100, "a.safetensors: 50% of 5.1 GB, 10.0 MB/s, 4:15 left in all")
+        on_progress(50, 100, "a.safetensors: 50% of 5.1 GB, 10.0 MB/s, 4:15 left")
         on_line("a.safetensors: 5.1 GB in 8:30, verified.")
         return "huggingface"
 
@@ -73,7 +73,7 @@ def test_a_terminal_sees_one_line_that_moves(calls, tmp_path, monkeypatch):
     assert "\n" not in shown
     first, second, *cleared = shown.removeprefix("\r").split("\r")
     assert first == "a.safetensors: 0% of 5.1 GB"
-    assert second == "a.safetensors: 50% of 5.1 GB, 10.0 MB/s, 4:15 left in all"[:39]
+    assert second == "a.safetensors: 50% of 5.1 GB, 10.0 MB/s, 4:15 left"[:39]
     assert cleared == [" " * 39, ""]
 
 
