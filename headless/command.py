@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from .conversion import to_prompt
+from .doctor_command import add_doctor_command
 from .download_command import add_download_command
 from .graph import Graph, NodeClasses, Prompt
 from .host import use_host
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_lora_commands(commands)
     add_train_command(commands)
     add_download_command(commands)
+    add_doctor_command(commands)
     return parser
 
 

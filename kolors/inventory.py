@@ -65,6 +65,16 @@ def inspect_part(path: Path, part: str) -> Finding:
     return Finding(**found, problem=f"{path} lacks {len(missing)} tensors ({names}). Fetch it again.")
 
 
+def read_precision(path: Path) -> str:
+    """Reads which number format most weights of a file, or of a folder, have: ``fp16``, …, ``int8``, ``int4``.
+
+    Raises:
+        CheckpointError: nothing there, or damaged.
+    """
+    tensors = read_headers(find_weight_files(path) if path.is_dir() else [path])
+    return get_precision(tensors, classify(tensors))
+
+
 def get_precision(tensors: Mapping[str, TensorInfo], kind: FileKind) -> str:
     """Gives the number format that most of the weights have."""
     quantised = {FileKind.CHATGLM3_INT8: "int8", FileKind.CHATGLM3_INT4: "int4"}

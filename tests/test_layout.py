@@ -24,6 +24,8 @@ DOORS = {
     ("nodes/host.py", "headless"),
     ("headless/command.py", "nodes"),
     ("headless/download_command.py", "kolors"),
+    ("headless/doctor_command.py", "kolors"),
+    ("headless/doctor_command.py", "nodes"),
     ("headless/lora_command.py", "lora"),
     ("headless/lora_command.py", "kolors"),
     ("headless/train_command.py", "lora"),

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from kolors_nodes.kolors.identify import FileKind
-from kolors_nodes.kolors.inventory import Finding, inspect_part
+from kolors_nodes.kolors.inventory import Finding, inspect_part, read_precision
 from kolors_nodes.kolors.vae import build_autoencoder, get_ldm_names
 from kolors_nodes.nodes.models import DEMO_FOLDER
 
@@ -45,7 +45,9 @@ WHOLE = {
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_single_files_of_full_size(tmp_path, name):
     write, part, precision = WHOLE[name]
-    found = inspect_part(write(tmp_path / "file.safetensors"), part)
+    file = write(tmp_path / "file.safetensors")
+    found = inspect_part(file, part)
+    assert read_precision(file) == precision
     assert (found.problem, found.precision) == ("", precision)
 
 
