@@ -5,7 +5,13 @@ from __future__ import annotations
 # A checkout's folder name may be no Python identifier; then test collection reads this file without a package.
 if __package__:
     from .nodes.encode import KolorsTextEncode
-    from .nodes.loaders import DownloadAndLoadChatGLM3, DownloadAndLoadKolorsModel, KolorsVAELoader, LoadChatGLM3
+    from .nodes.loaders import (
+        DownloadAndLoadChatGLM3,
+        DownloadAndLoadKolorsModel,
+        KolorsVAELoader,
+        LoadChatGLM3,
+        LoadKolorsUNet,
+    )
     from .nodes.lora import KolorsApplyLora, KolorsLoraLoader, KolorsSaveLora, LoadKolorsLoRA
     from .nodes.sampler import KolorsSampler
     from .nodes.training import KolorsLoraDataset, KolorsTrainLora, KolorsTrainOptions
@@ -14,6 +20,7 @@ if __package__:
         "DownloadAndLoadKolorsModel": DownloadAndLoadKolorsModel,
         "DownloadAndLoadChatGLM3": DownloadAndLoadChatGLM3,
         "LoadChatGLM3": LoadChatGLM3,
+        "LoadKolorsUNet": LoadKolorsUNet,
         "KolorsVAELoader": KolorsVAELoader,
         "KolorsTextEncode": KolorsTextEncode,
         "KolorsSampler": KolorsSampler,
@@ -29,6 +36,7 @@ if __package__:
         "DownloadAndLoadKolorsModel": "(Down)load Kolors Model",
         "DownloadAndLoadChatGLM3": "(Down)load ChatGLM3 Model",
         "LoadChatGLM3": "Load ChatGLM3 Model",
+        "LoadKolorsUNet": "Load Kolors UNet",
         "KolorsVAELoader": "Load Kolors VAE",
         "KolorsTextEncode": "Kolors Text Encode",
         "KolorsSampler": "Kolors Sampler",

@@ -96,6 +96,10 @@ class PromptCache:
             size -= file_size
 
 
+# The encoded prompts of this process.
+PROMPTS = PromptCache()
+
+
 def _to_cpu(text: Text) -> Text:
     return Text(rows=text.rows.cpu(), pooled=text.pooled.cpu())
 

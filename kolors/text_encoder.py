@@ -420,17 +420,19 @@ def find_text_encoder(path: str | Path) -> TextEncoderFiles:
     """Looks at a text encoder's files, of which only the headers are read.
 
     Args:
-        path: a folder with config.json and weights, or one file of the full-size encoder. Names may carry the
-            prefix ``transformer.`` of THUDM/chatglm3-6b. Files in ChatGLM's own 8- and 4-bit form are told by
-            their tensors.
+        path: a folder with config.json and weights, a folder of shards or one file of the full-size encoder. Names
+            may carry the prefix ``transformer.`` of THUDM/chatglm3-6b. Files in ChatGLM's own 8- and 4-bit form are
+            told by their tensors.
 
     Raises:
         CheckpointError: nothing there, a damaged file, or no ChatGLM3 of this size.
     """
     path = Path(path)
-    config, files = TextEncoderConfig(), [path]
-    if path.is_dir():
-        config, files = TextEncoderConfig.from_dict(read_json(path / "config.json")), find_weight_files(path)
+    config = TextEncoderConfig()
+    # Shards that lie among other files have no configuration of their own.
+    if path.is_dir() and ((path / "config.json").is_file() or not any(path.glob("*-of-*"))):
+        config = TextEncoderConfig.from_dict(read_json(path / "config.json"))
+    files = find_weight_files(path) if path.is_dir() else [path]
     headers = read_headers(files)
     shapes = {ours: info.shape for name, info in headers.items() if (ours := _get_name(name)) is not None}
     if "embedding.word_embeddings.weight" not in shapes:

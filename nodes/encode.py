@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ..kolors.prompts import PromptEmbeds
 
 
+PROMPT_FOLDER = "kolors_prompts"
+
+
 class KolorsTextEncode:
     """Encodes prompts with ChatGLM3."""
 
@@ -33,6 +36,10 @@ class KolorsTextEncode:
                 "wildcard_seed": ("INT", {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "advanced": True,
                                   "tooltip": "Decides what '{x|y}' picks, 0 to 2^64 - 1. The same seed picks the "
                                              "same."}),
+                "cache": (["memory", "disk"], {"default": "memory", "advanced": True, "tooltip": "Where encoded "
+                          "prompts are kept, so that a prompt seen before needs no text encoder. memory: up to 256 "
+                          f"MB, till the program ends. disk: also up to 1 GB in {PROMPT_FOLDER} in the output "
+                          "folder."}),
             },
         }  # fmt: skip
 
@@ -51,20 +58,18 @@ class KolorsTextEncode:
         negative_prompt: str,
         num_images_per_prompt: int,
         wildcard_seed: int = 0,
+        cache: str = "memory",
     ) -> tuple[dict[str, torch.Tensor]]:
         import random
 
-        from ..kolors.prompts import choose_alternatives, encode_prompts, parse_prompt
+        from ..kolors.prompts import choose_alternatives, join_texts, parse_prompt
 
         host, generator = get_host(), random.Random(wildcard_seed)
         prompts = parse_prompt(prompt, generator)
         negative_prompts = [choose_alternatives(negative_prompt, generator)] * len(prompts)
-        text_encoder = chatglm3_model.text_encoder
-        with host.on_device(text_encoder, chatglm3_model):
-            embeds = encode_prompts(
-                text_encoder, chatglm3_model.tokenizer, prompts, negative_prompts,
-                num_images_per_prompt=num_images_per_prompt,
-            )  # fmt: skip
+        folder = host.get_output_folder() / PROMPT_FOLDER if cache == "disk" else None
+        texts = chatglm3_model.encode_texts(host, [*prompts, *negative_prompts], folder)
+        embeds = join_texts(texts, prompts, negative_prompts, num_images_per_prompt=num_images_per_prompt)
         return (to_socket(embeds, host.get_intermediate_device()),)
 
 

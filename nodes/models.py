@@ -9,12 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .host import Host
+from .host import Host, get_host
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import UNet2DConditionModel
 
-    from ..kolors.text_encoder import TextEncoder
+    from ..kolors.text_encoder import Text, TextEncoder, TextEncoderFiles, TokenBatch
     from ..kolors.tokenizer import Tokenizer
     from ..lora.formats import Lora
 
@@ -51,12 +52,60 @@ class KolorsModel:
         return apply_loras(self.unet, self.loras)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ChatGLM3Model:
-    """Socket CHATGLM3MODEL: a text encoder and its tokenizer."""
+    """Socket CHATGLM3MODEL: a tokenizer, and a text encoder that is loaded when it is first needed.
 
-    text_encoder: TextEncoder
+    Attributes:
+        files: the encoder's, looked at already.
+        tokenizer: the encoder's.
+        precision: one of ``TEXT_PRECISIONS``.
+        device: that computes.
+        embedding_on_cpu: see ``load_text_encoder``.
+    """
+
+    files: TextEncoderFiles
     tokenizer: Tokenizer
+    precision: str
+    device: torch.device
+    embedding_on_cpu: bool = False
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """The encoder, on the CPU."""
+        from ..kolors.text_encoder import load_text_encoder
+
+        return load_text_encoder(
+            self.files.path, precision=self.precision, device=self.device, embedding_on_cpu=self.embedding_on_cpu,
+            on_progress=get_host().report_work,
+        )  # fmt: skip
+
+    @cached_property
+    def identity(self) -> str:
+        """What the encoder's files hold, read here and there; see ``get_identity``."""
+        from ..kolors.storage import get_identity
+
+        return get_identity(self.files.iterate())
+
+    @property
+    def arithmetic(self) -> str:
+        """What besides the files decides the numbers: the dtype, and how weights are quantised."""
+        from ..kolors.quantised import QUANTISATIONS
+        from ..kolors.text_encoder import get_compute_dtype
+
+        dtype = str(get_compute_dtype(self.precision, self.device))
+        return f"{self.precision} {dtype}" if self.precision in QUANTISATIONS else dtype
+
+    def encode_texts(self, host: Host, texts: list[str], folder: Path | None = None) -> dict[str, Text]:
+        """Encodes texts. Those encoded before come from memory, or from files in the folder, without the encoder."""
+        from ..kolors.prompt_cache import PROMPTS
+
+        def encode(batch: TokenBatch) -> list[Text]:
+            with host.on_device(self.text_encoder, self):
+                return self.text_encoder.encode_texts(batch)
+
+        encoder = (self.identity, self.arithmetic)
+        return PROMPTS.encode(texts, self.tokenizer, encoder=encoder, encode=encode, folder=folder)
 
 
 def find_model(host: Host, choice: str, part: str, source: str = "auto") -> Path:

@@ -99,11 +99,14 @@ def test_precisions_the_device_lacks_are_replaced_with_a_log_line(runner, caplog
     assert sample(runner, prompt, "unet").unet.dtype == torch.bfloat16
 
 
-def test_quantised_choices_of_old_workflows_run_and_say_so(runner, caplog):
+@pytest.mark.parametrize(("precision", "error"), [("quant8", 0.02), ("quant4", 0.25)])
+def test_quantised_text_encoders(runner, precision, error):
+    """Near the whole one and not the same: 8 and 4 bits a weight. Their quality is measured with the text encoder."""
+    whole = sample(runner, make_prompt(), "text")["prompt_embeds"]
     prompt = make_prompt()
-    prompt["chatglm3"]["inputs"]["precision"] = "quant8"
-    sample(runner, prompt, "text")
-    assert "quant8 is not supported yet" in caplog.text
+    prompt["chatglm3"]["inputs"]["precision"] = precision
+    quantised = sample(runner, prompt, "text")["prompt_embeds"]
+    assert 0 < ((quantised - whole).norm() / whole.norm()).item() < error
 
 
 @pytest.mark.parametrize(
@@ -175,8 +178,9 @@ def test_an_sdxl_unet(runner, copied_model):
     file = copied_model / "unet" / "diffusion_pytorch_model.fp16.safetensors"
     weights = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("encoder_hid_proj")}
     save_file(weights, file)
-    assert fail(runner)[0] == "unet"
-    assert "is an SDXL UNet" in fail(runner)[1]
+    node_id, message = be_refused(runner)
+    assert node_id == "unet"
+    assert "is an SDXL UNet. Expected as the UNet: Kolors' UNet" in message
 
 
 def test_a_text_encoder_of_the_wrong_size(runner, copied_model):
