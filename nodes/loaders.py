@@ -16,9 +16,13 @@ from .models import (
     ChatGLM3Model,
     KolorsModel,
     describe_missing,
+    describe_offline,
     find_model,
+    find_vae,
     list_vae_folders,
+    list_vaes,
     locate_model,
+    locate_published_vae,
 )
 
 AS_FILE = "as file"
@@ -192,11 +196,11 @@ class KolorsVAELoader:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         host = get_host()
-        names = [*list_vae_folders(host), *host.list_files("vae")]
         return {
             "required": {
-                "vae_name": (names, {"default": DEMO, "tooltip": "A file in models/vae (SDXL's VAE fits Kolors), the "
-                             "vae folder of a model in models/diffusers, or the bundled model's."}),
+                "vae_name": (list_vaes(host), {"default": DEMO, "tooltip": "A file in models/vae: SDXL's VAE fits "
+                             "Kolors, and sdxl.vae.safetensors (335 MB) is downloaded if it is not there. Or the vae "
+                             "folder of a model in models/diffusers, or the bundled model's."}),
             }
         }  # fmt: skip
 
@@ -210,13 +214,11 @@ class KolorsVAELoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, vae_name: str) -> bool | str:
-        folder = list_vae_folders(get_host()).get(vae_name)
-        return check_path(folder, "vae") if folder else check_file("vae", vae_name, "vae")
+        return check_vae(vae_name)
 
     def load_vae(self, vae_name: str) -> tuple[Any]:
         host = get_host()
-        folder = list_vae_folders(host).get(vae_name)
-        return (host.load_vae(folder or host.resolve_file("vae", vae_name)),)
+        return (host.load_vae(find_vae(host, vae_name)),)
 
 
 def declare_source() -> tuple[list[str], dict[str, Any]]:
@@ -238,6 +240,19 @@ def check_model(model: str, part: str) -> bool | str:
     except ValueError as error:
         return str(error)
     return check_path(folder / part, part)
+
+
+def check_vae(name: str) -> bool | str:
+    """Says for VALIDATE_INPUTS whether a VAE can be loaded or fetched: True, or what is wrong with it."""
+    from ..kolors.download import is_whole
+
+    folder = list_vae_folders(get_host()).get(name)
+    if folder:
+        return check_path(folder, "vae")
+    published = locate_published_vae(get_host(), name)
+    if published and not is_whole(published):
+        return describe_offline(published.parent, "vae") or True
+    return check_file("vae", name, "vae")
 
 
 def check_file(folder_kind: str, name: str, part: str) -> bool | str:

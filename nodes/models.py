@@ -123,20 +123,48 @@ def find_model(host: Host, choice: str, part: str, source: str = "auto") -> Path
         DownloadError: the part is missing and cannot be fetched.
         ValueError: no model has this name.
     """
+    folder = locate_model(host, choice, part)
+    if choice != DEMO:
+        fetch_missing(host, folder, part, source)
+    return folder
+
+
+def find_vae(host: Host, name: str) -> Path:
+    """Finds the file or folder of a VAE that ``list_vaes`` names, and fetches the published file if it is missing.
+
+    Raises:
+        FileNotFoundError: it is not there, and not to be fetched.
+        DownloadError: the published file is missing and cannot be fetched.
+        ValueError: the name leads out of the folder.
+    """
+    folder = list_vae_folders(host).get(name)
+    if folder:
+        return folder
+    published = locate_published_vae(host, name)
+    if published:
+        fetch_missing(host, published.parent, "vae")
+    return published or host.resolve_file("vae", name)
+
+
+def fetch_missing(host: Host, folder: Path, part: str, source: str = "auto") -> None:
+    """Fetches what of a part is missing in a folder, and shows how far it is.
+
+    Raises:
+        FileNotFoundError: something is missing and the user allows no network.
+        DownloadError: it cannot be fetched.
+    """
     from ..kolors.download import DownloadError, download, find_missing
 
-    folder = locate_model(host, choice, part)
-    if choice == DEMO or not find_missing(folder, part):
-        return folder
-    missing = describe_missing(host, choice, part)
-    if missing:
-        raise FileNotFoundError(missing)
+    if not find_missing(folder, part):
+        return
+    reason = describe_offline(folder, part)
+    if reason:
+        raise FileNotFoundError(reason)
     try:
         download({part: folder}, source=source, verify=False, on_progress=host.report_work)
     except DownloadError as error:
         raise DownloadError(f"{error} The {part} of Kolors goes into {folder}; to fetch it by hand: "
                             f"{get_command(folder, part)}") from error  # fmt: skip
-    return folder
 
 
 def locate_model(host: Host, choice: str, part: str) -> Path:
@@ -160,11 +188,16 @@ def describe_missing(host: Host, choice: str, part: str) -> str:
     Raises:
         ValueError: no model has this name.
     """
+    folder = locate_model(host, choice, part)
+    return "" if choice == DEMO else describe_offline(folder, part)
+
+
+def describe_offline(folder: Path, part: str) -> str:
+    """Says what of a part is missing in a folder if the user allows no network; else nothing."""
     from ..kolors.download import SIZES, find_missing
     from ..kolors.hubs import is_offline
 
-    folder = locate_model(host, choice, part)
-    missing = [] if choice == DEMO or not is_offline() else find_missing(folder, part)
+    missing = find_missing(folder, part) if is_offline() else []
     if not missing:
         return ""
     return (
@@ -174,11 +207,25 @@ def describe_missing(host: Host, choice: str, part: str) -> str:
 
 
 def get_command(folder: Path, part: str) -> str:
-    """Gives the command that fetches a part into a model's folder, as it works on this machine."""
+    """Gives the command that fetches a part into a folder, as it works on this machine."""
     command = "kolors" if shutil.which("kolors") else f'"{sys.executable}" "{Path(__file__).parents[1]}"'
     what = "text_encoder" if part == "tokenizer" else part
-    place = next((parent.parent for parent in folder.parents if parent.name == "diffusers"), None)
+    place = next((above.parent for above in (folder, *folder.parents) if above.name in ("diffusers", "vae")), None)
     return f"{command} download --what {what}" + (f' --models-dir "{place}"' if place else "")
+
+
+def list_vaes(host: Host) -> list[str]:
+    """Lists VAEs: in the diffusers layout, the files in ``models/vae``, and the published one, there or not."""
+    from ..kolors.download import VAE_FILE
+
+    return list(dict.fromkeys([*list_vae_folders(host), *host.list_files("vae"), VAE_FILE]))
+
+
+def locate_published_vae(host: Host, name: str) -> Path | None:
+    """Gives where the published VAE is, or would go, if it is the one that is named."""
+    from ..kolors.download import VAE_FILE, choose_folder
+
+    return choose_folder(host.get_folders("vae"), "vae") / VAE_FILE if name == VAE_FILE else None
 
 
 def list_vae_folders(host: Host) -> dict[str, Path]:

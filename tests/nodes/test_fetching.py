@@ -16,7 +16,7 @@ from kolors_nodes.headless.host import HeadlessHost, Interrupted
 from kolors_nodes.kolors import download as downloads
 from kolors_nodes.kolors.download import DownloadError
 from kolors_nodes.nodes.host import RunnerHost
-from kolors_nodes.nodes.models import DEMO_FOLDER, KOLORS, describe_missing, find_model
+from kolors_nodes.nodes.models import DEMO_FOLDER, KOLORS, describe_missing, find_model, find_vae
 
 SERVER = Path(__file__).parents[1] / "kolors" / "hub_server.py"
 
@@ -110,3 +110,18 @@ def test_a_failure_says_where_the_part_goes_and_how_to_fetch_it(hub, tmp_path):
     assert "does not answer" in str(error.value)
     assert f"goes into {tmp_path / 'diffusers' / 'Kolors'}" in str(error.value)
     assert f' download --what unet --models-dir "{tmp_path}"' in str(error.value)
+
+
+def test_the_vae_loader_fetches_the_published_vae(hub, tmp_path):
+    folder = DEMO_FOLDER / "vae"
+    (weights,) = folder.glob("*.safetensors")
+    hub.repositories["madebyollin/sdxl-vae-fp16-fix"] = {"sdxl.vae.safetensors": weights.read_bytes()}
+    host = RunnerHost(HeadlessHost(models_dir=tmp_path))
+    path = find_vae(host, "sdxl.vae.safetensors")
+    assert path == tmp_path / "vae" / "sdxl.vae.safetensors"
+    assert path.read_bytes() == weights.read_bytes()
+    hub.requests.clear()
+    assert find_vae(host, "sdxl.vae.safetensors") == path
+    assert not hub.requests
+    with pytest.raises(FileNotFoundError):
+        find_vae(host, "other.safetensors")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kolors_nodes.headless.host import HeadlessHost
+from kolors_nodes import NODE_CLASS_MAPPINGS
+from kolors_nodes.headless.host import HeadlessHost, use_host
 from kolors_nodes.nodes.loaders import list_checkpoints, resolve_checkpoint
 from kolors_nodes.nodes.models import (
     DEMO,
@@ -17,8 +18,10 @@ from kolors_nodes.nodes.models import (
     KOLORS,
     describe_missing,
     find_model,
+    find_vae,
     get_command,
     list_vae_folders,
+    list_vaes,
 )
 
 
@@ -112,6 +115,19 @@ def test_an_unknown_choice(host):
 def test_vae_folders(host):
     put(host.models_dir / "diffusers" / "Kolors" / "vae" / "config.json")
     assert list(list_vae_folders(host)) == [DEMO, "diffusers/Kolors/vae"]
+
+
+def test_the_published_vae_is_listed_there_or_not(host):
+    assert list_vaes(host) == [DEMO, "sdxl.vae.safetensors"]
+    with pytest.raises(FileNotFoundError, match="Kolors' vae is not in .*: sdxl.vae.safetensors is missing") as error:
+        find_vae(host, "sdxl.vae.safetensors")
+    assert f' download --what vae --models-dir "{host.models_dir}"' in str(error.value)
+    with use_host(host):
+        assert NODE_CLASS_MAPPINGS["KolorsVAELoader"].VALIDATE_INPUTS("sdxl.vae.safetensors") == str(error.value)
+    put(host.models_dir / "vae" / "another.safetensors")
+    assert list_vaes(host) == [DEMO, "another.safetensors", "sdxl.vae.safetensors"]
+    put(host.models_dir / "vae" / "sdxl.vae.safetensors")
+    assert list_vaes(host) == [DEMO, "another.safetensors", "sdxl.vae.safetensors"]
 
 
 def test_single_files_with_and_without_the_folder_checkpoints(host):
