@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
 
-from .options import VAE_SCALE_FACTOR, SamplingOptions
+from .denoiser import build_denoiser
+from .options import EXACT, VAE_SCALE_FACTOR, SamplingOptions, SpeedOptions
 from .prompts import PromptEmbeds
-from .schedulers import build_scheduler
+from .schedulers import build_scheduler, set_timesteps_
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, UNet2DConditionModel
@@ -32,6 +34,10 @@ class Conditioning:
     prompt_embeds: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
     time_ids: torch.Tensor
+
+    def without_negatives(self) -> Conditioning:
+        """Gives the second half of the rows."""
+        return Conditioning(**{field.name: getattr(self, field.name).chunk(2)[1] for field in fields(self)})
 
 
 def get_noise(
@@ -69,20 +75,11 @@ def get_conditioning(
     )
 
 
-def predict_noise(
-    unet: UNet2DConditionModel,
-    latents: torch.Tensor,
-    timestep: torch.Tensor,
-    conditioning: Conditioning,
-    guidance_scale: float,
-) -> torch.Tensor:
-    """Predicts the noise in latents, both guidance branches in one batch.
+def guide(noise_pred: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """Combines the guidance branches.
 
     Args:
-        unet: the model.
-        latents: (B, C, h, w), scaled for the model.
-        timestep: scalar.
-        conditioning: 2 B rows for guidance, B rows for none.
+        noise_pred: (2 B, C, h, w), the unconditional ones first.
         guidance_scale: w in uncond + w (cond - uncond).
 
     Returns:
@@ -90,16 +87,6 @@ def predict_noise(
 
     Source: Ho and Salimans 2022, equation 6, in the form of diffusers' pipelines.
     """
-    guided = conditioning.prompt_embeds.shape[0] != latents.shape[0]
-    noise_pred = unet(
-        torch.cat([latents, latents]) if guided else latents,
-        timestep,
-        encoder_hidden_states=conditioning.prompt_embeds,
-        added_cond_kwargs={"text_embeds": conditioning.pooled_prompt_embeds, "time_ids": conditioning.time_ids},
-        return_dict=False,
-    )[0]
-    if not guided:
-        return noise_pred
     unconditional, conditional = noise_pred.chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)
 
@@ -188,6 +175,7 @@ def sample(
     latents: torch.Tensor | None = None,
     noise_device: torch.device | str | None = None,
     on_step: OnStep | None = None,
+    speed: SpeedOptions = EXACT,
 ) -> torch.Tensor:
     """Samples latents.
 
@@ -199,6 +187,7 @@ def sample(
         noise_device: where all noise is drawn; by default on the UNet's device.
         on_step: called after each step with the steps done (from 1), the steps in all and the latents; what it
             raises ends the run.
+        speed: what may be left out or prepared; by default nothing that changes the result.
 
     Returns:
         (B, C, h, w) on the UNet's device, in its dtype, times the VAE's scaling factor.
@@ -223,12 +212,8 @@ def sample(
         height, width = (side * VAE_SCALE_FACTOR for side in latents.shape[2:])
     batch_size = embeds.batch_size
     generator = torch.Generator(noise_device or unet.device).manual_seed(options.seed)
-    scheduler = build_scheduler(options.scheduler)
-    scheduler.set_timesteps(options.num_inference_steps, device=unet.device)
-    start = options.num_inference_steps - options.num_steps_run
-    timesteps = scheduler.timesteps[start:]
-    # Karras schedules round to equal timesteps at many steps; looked up by value, a run would start too late.
-    scheduler.set_begin_index(start)
+    scheduler = build_scheduler(options.scheduler, options.noise_schedule)
+    timesteps = set_timesteps_(scheduler, options.num_inference_steps, options.num_steps_run)
 
     shape = (batch_size, unet.config.in_channels, height // VAE_SCALE_FACTOR, width // VAE_SCALE_FACTOR)
     noise_shape = shape if latents is None else tuple(latents.shape)
@@ -237,11 +222,17 @@ def sample(
 
     guided = options.guidance_scale > 1.0
     conditioning = get_conditioning(embeds, unet, height=height, width=width, guided=guided)
+    denoiser = build_denoiser(unet, conditioning, timesteps, size=shape[2:], speed=speed)
+    last_guided = math.ceil(speed.guidance_until * len(timesteps)) if guided else 0
     step_options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for index, timestep in enumerate(timesteps):
-        model_input = scheduler.scale_model_input(latents, timestep)
-        noise_pred = predict_noise(unet, model_input, timestep, conditioning, options.guidance_scale)
+        if guided and index == last_guided:
+            denoiser.drop_negatives_()
+        noise_pred = denoiser(scheduler.scale_model_input(latents, timestep), index)
+        if index < last_guided:
+            noise_pred = guide(noise_pred, options.guidance_scale)
         latents = scheduler.step(noise_pred, timestep, latents, **step_options, return_dict=False)[0]
-        if on_step:
-            on_step(index + 1, len(timesteps), latents)
+        is_last = index + 1 == len(timesteps)
+        if on_step and (is_last or (index + 1) % scheduler.order == 0):
+            on_step((index + scheduler.order) // scheduler.order, options.num_steps_run, latents)
     return latents
