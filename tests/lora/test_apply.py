@@ -259,7 +259,8 @@ def test_loras_on_a_unet_that_is_offloaded(compact, names, make_lora, embeds):
         sample(base, embeds, OPTIONS)
     patched = apply_loras(base, loras)
     with stream_weights(patched, "cpu"):
-        assert torch.equal(sample(patched, embeds, OPTIONS), expected)
+        # An offloaded UNet runs diffusers' own forward pass: the same sums in another order, over four steps.
+        torch.testing.assert_close(sample(patched, embeds, OPTIONS), expected, rtol=1e-4, atol=2e-3)
 
 
 def test_compact_unets_train(compact, names, make_lora):
