@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from arithmetic import count_flops
 from loading import SMALL_UNET
 from pairs import Case, Outputs, Pair
 from sampling import GUIDANCE_SCALE, TOLERANCE, count_run_flops, get_our_run, get_peer_run
 from trial_models import build_random_unet, make_embeds
 
+from kolors_nodes.kolors.unet import KOLORS_UNET_CONFIG, build_unet
 from kolors_nodes.lora.adapters import LowRank
 from kolors_nodes.lora.apply import apply_loras
 from kolors_nodes.lora.files import read_tensors, save_lora
 from kolors_nodes.lora.formats import Lora, parse_lora
-from kolors_nodes.lora.names import get_unet_names
+from kolors_nodes.lora.names import UNetNames, get_unet_names
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -27,11 +29,13 @@ RANK, STEPS, SIDE = 16, 4, 256
 
 
 def get_cases(*, quick: bool) -> list[Case]:
-    """Lists the rows, on a UNet of a fifth of Kolors' channels and full depth."""
-    return [
+    """Lists the rows, on a UNet of a fifth of Kolors' channels and full depth, and on all attention at full size."""
+    cases = [
         Case(name="lora merge", build=build_merge_pair, pairs=3 if quick else 9),
         Case(name="lora sampling", build=build_sampling_pair, pairs=2 if quick else 7),
+        Case(name="lora merge full size", build=build_full_size_pair, pairs=3),
     ]
+    return cases[:2] if quick else cases
 
 
 @cache
@@ -46,10 +50,8 @@ def get_folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory()
 
 
-@cache
-def write_lora() -> Path:
-    """Writes a random LoRA of rank 16 on all 560 attention layers, in a format that diffusers reads."""
-    names = get_unet_names(get_unet())
+def make_lora(names: UNetNames) -> Lora:
+    """Makes a random LoRA of rank 16 on all 560 attention layers."""
     generator = torch.Generator().manual_seed(4)
     adapters = {}
     for module in names.modules:
@@ -58,7 +60,13 @@ def write_lora() -> Path:
             down, up = (torch.randn(shape, generator=generator) for shape in ((RANK, in_size), (out_size, RANK)))
             scale = (RANK * in_size) ** -0.5
             adapters[f"{module.diffusers}.weight"] = LowRank(down=down * scale, up=up, alpha=RANK / 4)
-    return save_lora(Lora(names=names, adapters=adapters), Path(get_folder().name) / "lora.safetensors", "kohya")
+    return Lora(names=names, adapters=adapters)
+
+
+@cache
+def write_lora() -> Path:
+    """Writes a random LoRA in a format that diffusers reads."""
+    return save_lora(make_lora(get_unet_names(get_unet())), Path(get_folder().name) / "lora.safetensors", "kohya")
 
 
 def read_lora() -> Lora:
@@ -106,6 +114,38 @@ def build_merge_pair() -> Pair:
         before=take_off,
         note=f"rank {RANK}, {len(layers)} layers, from the file",
     )
+
+
+def build_full_size_pair() -> Pair:
+    """Pairs merging into the full-size model's attention in half precision with a plain loop over the layers."""
+    unet = build_unet(KOLORS_UNET_CONFIG, device="meta")
+    lora = make_lora(get_unet_names(unet))
+    # Memory that is never touched is never given: only the attention layers' weights become real.
+    unet = unet.half().to_empty(device="cpu").requires_grad_(False)
+    weights = {name: unet.get_parameter(name).fill_(0.01) for name in lora.adapters}
+
+    def run_ours() -> Outputs:
+        patched = apply_loras(unet, [(lora, 1.0)])
+        return [patched.get_parameter(name) for name in weights]
+
+    def run_peer() -> Outputs:
+        return [merge_plainly(weight, lora.adapters[name]) for name, weight in weights.items()]
+
+    return Pair(
+        ours=run_ours,
+        peer=run_peer,
+        peer_name="a plain loop: weight + scale * up @ down",
+        tolerance=1e-3,  # half precision: the last of 11 bits
+        ours_flops=count_flops(run_ours),
+        peer_flops=count_flops(run_peer),
+        moved_bytes=2 * sum(weight.nbytes for weight in weights.values()),
+        note=f"rank {RANK}, {len(weights)} layers, float16",
+    )
+
+
+def merge_plainly(weight: torch.Tensor, adapter: LowRank) -> torch.Tensor:
+    """Adds a low-rank change in float32."""
+    return (weight.float() + adapter.alpha / RANK * (adapter.up @ adapter.down)).to(weight.dtype)
 
 
 def build_sampling_pair() -> Pair:

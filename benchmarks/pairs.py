@@ -97,11 +97,13 @@ class Case:
         name: of the row.
         build: makes the pair (models are built then), or measures on its own and gives the row.
         pairs: how many are run.
+        device: whose limits it is held against.
     """
 
     name: str
     build: Callable[[], Pair | Row]
     pairs: int = 5
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)

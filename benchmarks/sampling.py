@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from arithmetic import build_counter
 from pairs import Case, Outputs, Pair
 from trial_models import encode_with_bundled_model, get_bundled_unet, get_mid_size_unet, make_embeds
 
-from kolors_nodes.kolors.options import SamplingOptions
+from kolors_nodes.kolors.options import SamplingOptions, SpeedOptions
 from kolors_nodes.kolors.prompts import PromptEmbeds
 from kolors_nodes.kolors.sampling import sample
 from kolors_nodes.kolors.schedulers import build_scheduler
@@ -22,6 +23,7 @@ SEED, GUIDANCE_SCALE = 7, 5.0
 # float32 on both sides, sums in another order; the limit is the promise of the project.
 TOLERANCE = 1e-4
 PROMPT_TOKENS = 24  # a sentence
+PLAIN_SPEED = SpeedOptions()
 # Runs (steps, and what to call after each step) and gives the latents.
 Run = Callable[[int, Callable[[], None]], Outputs]
 
@@ -49,37 +51,59 @@ def build_mid_size_pair(side: int, steps: int, num_tokens: int) -> Pair:
     return build_pair(get_mid_size_unet(), make_embeds(4096, num_tokens), side=side, steps=steps)
 
 
-def build_pair(unet: UNet2DConditionModel, embeds: PromptEmbeds, *, side: int, steps: int) -> Pair:
+def build_pair(
+    unet: UNet2DConditionModel,
+    embeds: PromptEmbeds,
+    *,
+    side: int,
+    steps: int,
+    compiled: bool = False,
+    tolerance: float = TOLERANCE,
+) -> Pair:
     """Pairs our sampler with diffusers' pipeline on one UNet, whose weights both read.
 
     Args:
-        unet: the model.
-        embeds: one prompt.
+        unet: the model, on its device and in its dtype.
+        embeds: one prompt, likewise.
         side: of the picture, in pixels.
         steps: of the schedule.
+        compiled: whether both are compiled. The peer then gets a copy of the UNet, prepared as diffusers' guide has
+            it: channels last, and ``torch.compile`` with ``max-autotune``.
+        tolerance: see ``Pair``.
     """
-    ours, peer = get_our_run(unet, embeds, side=side), get_peer_run(unet, embeds, side=side)
-    weights = sum(parameter.nbytes for parameter in unet.parameters())
+    plain = get_our_run(unet, embeds, side=side), get_peer_run(unet, embeds, side=side)
+    # What is compiled shows the counter nothing: the plain ways are counted, which warms both up.
+    ours_flops, peer_flops = (count_run_flops(run, steps) for run in plain)
+    ours, peer = plain
+    if compiled:
+        ours = get_our_run(unet, embeds, side=side, speed=SpeedOptions(compile=True))
+        peer_unet = copy.deepcopy(unet).to(memory_format=torch.channels_last)
+        peer_unet.compile(mode="max-autotune", fullgraph=True)
+        peer = get_peer_run(peer_unet, embeds, side=side)
+        for run in (ours, peer):
+            run(min(steps, 2), _do_nothing)
     return Pair(
         ours=lambda: ours(steps, _do_nothing),
         peer=lambda: peer(steps, _do_nothing),
-        peer_name="diffusers KolorsPipeline",
-        tolerance=TOLERANCE,
-        ours_flops=count_run_flops(ours, steps),
-        peer_flops=count_run_flops(peer, steps),
-        moved_bytes=steps * weights,
+        peer_name=f"diffusers KolorsPipeline{', compiled' if compiled else ''}",
+        tolerance=tolerance,
+        ours_flops=ours_flops,
+        peer_flops=peer_flops,
+        moved_bytes=steps * sum(parameter.nbytes for parameter in unet.parameters()),
         note=f"{steps} steps, cfg {GUIDANCE_SCALE:g}, {unet.dtype}".replace("torch.", ""),
     )
 
 
-def get_our_run(unet: UNet2DConditionModel, embeds: PromptEmbeds, *, side: int) -> Run:
+def get_our_run(
+    unet: UNet2DConditionModel, embeds: PromptEmbeds, *, side: int, speed: SpeedOptions = PLAIN_SPEED
+) -> Run:
     """Gives our sampler."""
 
     def run(steps: int, on_step: Callable[[], None]) -> Outputs:
         options = SamplingOptions(
             num_inference_steps=steps, guidance_scale=GUIDANCE_SCALE, height=side, width=side, seed=SEED
         )
-        return [sample(unet, embeds, options, noise_device="cpu", on_step=lambda *_: on_step())]
+        return [sample(unet, embeds, options, noise_device="cpu", on_step=lambda *_: on_step(), speed=speed)]
 
     return run
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+from .conftest import FOLDER
+
 PROMISED = {"name", "ours_s", "peer_s", "ratio", "spread", "max_relative_difference"}
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """The folder's modules, importable as they are for its scripts."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module
 
 
 @pytest.fixture
@@ -133,6 +125,18 @@ def test_names_choose_rows(benchmark):
     ]
     with pytest.raises(ValueError, match="No row has 'dcode' in its name. There are: "):
         run.choose_cases(cases, ["dcode"])
+
+
+def test_a_graphics_card_adds_rows(benchmark, monkeypatch):
+    cards = benchmark("graphics_card")
+    assert bool(cards.get_cases(quick=False)) == torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cases = cards.get_cases(quick=False)
+    assert [(case.name, case.device) for case in cases] == [
+        ("card 1024 eager", "cuda"),
+        ("card 1024 compiled", "cuda"),
+    ]
+    assert [case.name for case in cards.get_cases(quick=True)] == ["card 1024 eager"]
 
 
 def test_a_row_for_which_no_time_is_left_is_listed_without_figures(benchmark, machine):
