@@ -215,9 +215,12 @@ def _examine_single_files(report: Report, host: HeadlessHost) -> None:
     from ..kolors.identify import PART_KINDS, identify
     from ..kolors.inventory import Finding, inspect_part
 
+    folders = {finding.path for finding in report.findings}
     for folder_kind in (*_SINGLE_FILES, *_OTHER_FOLDERS):
         part = _SINGLE_FILES.get(folder_kind)
         for path in _iterate_files(host, folder_kind):
+            if path.parent in folders:  # a clone of the model serves as models/unet and models/vae too
+                continue
             try:
                 kind = identify(path)
             except CheckpointError as error:

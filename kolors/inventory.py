@@ -112,7 +112,7 @@ def _list_text_encoder(path: Path, tensors: Mapping[str, TensorInfo]) -> list[st
     config = TextEncoderConfig()
     if path.is_dir():
         config = TextEncoderConfig.from_dict(read_json(path / "config.json"))
-    there = {name.removeprefix("transformer.") for name in tensors} | {"rotary_pos_emb.inv_freq"}
+    there = {name.removeprefix("transformer.") for name in tensors}
     return [name for name in build_text_encoder(config, device="meta").state_dict() if name not in there]
 
 

@@ -31,7 +31,7 @@ def to_demo_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
     for node in prompt.values():
         node.setdefault("inputs", {})
     models = [node["inputs"].get("model") for node in prompt.values()
-              if node.get("class_type") == "DownloadAndLoadKolorsModel"]  # fmt: skip
+              if node.get("class_type") in ("DownloadAndLoadKolorsModel", "LoadKolorsUNet")]  # fmt: skip
     has_foreign_loras = any(model != DEMO for model in models)
     unused_lora = next(iter(list_bundled()), "")
     for node in prompt.values():
@@ -41,6 +41,9 @@ def to_demo_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
                 inputs["model"] = DEMO
             case "DownloadAndLoadChatGLM3":
                 inputs.update(model=DEMO, precision="fp16")
+            case "LoadKolorsUNet":
+                node["class_type"] = "DownloadAndLoadKolorsModel"
+                node["inputs"] = {"model": DEMO, "precision": "fp16"}
             case "LoadChatGLM3":
                 node["class_type"] = "DownloadAndLoadChatGLM3"
                 node["inputs"] = {"model": DEMO, "precision": "fp16"}

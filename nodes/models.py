@@ -173,13 +173,19 @@ def locate_model(host: Host, choice: str, part: str) -> Path:
     Raises:
         ValueError: no model has this name.
     """
-    from ..kolors.download import choose_folder
+    from ..kolors.download import choose_folder, find_missing
 
     if choice not in MODEL_CHOICES:
         raise ValueError(f"No model is called {choice!r}. Choose one of: {', '.join(MODEL_CHOICES)}.")
     if choice == DEMO:
         return DEMO_FOLDER
-    return choose_folder(host.get_folders("diffusers"), part)
+    roots = host.get_folders("diffusers")
+    folder = choose_folder(roots, part)
+    if find_missing(folder, part):
+        # A clone of the model itself in place of the model folders, or right in models/diffusers.
+        clones = (clone for root in roots for clone in (root, root.parent) if not find_missing(clone, part))
+        return next(clones, folder)
+    return folder
 
 
 def describe_missing(host: Host, choice: str, part: str) -> str:

@@ -153,6 +153,15 @@ def test_single_files_serve_as_well(examine, models):
     assert whole == {("unet", "fp8"), ("text_encoder", "int4"), ("vae", "fp16")}
 
 
+def test_a_clone_of_the_model_as_the_model_folders(examine, models):
+    (models / "diffusers" / "Kolors").rename(models.parent / "clone")
+    status, report = examine("--models-dir", str(models.parent / "clone"))
+    assert (status, report["obstacles"]) == (1, ["no whole vae"])
+    assert [finding["path"] for finding in report["findings"]] == [
+        str(models.parent / "clone" / part) for part in ("unet", "text_encoder")
+    ]
+
+
 def test_misplaced_files_are_told_where_to_go(examine, models):
     """The UNet among the checkpoints was a common complaint."""
     write_holes(models / "checkpoints" / "kolors.safetensors", get_unet_shapes())

@@ -34,6 +34,7 @@ def test_loaders_and_sizes_change_and_nothing_else():
             "inputs": {"kolors_model": ["1", 0], "width": 1024, "height": 768, "seed": 3},
         },
         "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["4", 0]}},
+        "7": {"class_type": "LoadKolorsUNet", "inputs": {"unet_name": "x.safetensors", "precision": "fp8"}},
     }
     before = copy.deepcopy(prompt)
     demo = to_demo_prompt(prompt)
@@ -48,6 +49,7 @@ def test_loaders_and_sizes_change_and_nothing_else():
             "inputs": {"kolors_model": ["1", 0], "width": 128, "height": 96, "seed": 3},
         },
         "6": before["6"],
+        "7": {"class_type": "DownloadAndLoadKolorsModel", "inputs": {"model": DEMO, "precision": "fp16"}},
     }
 
 

@@ -71,6 +71,18 @@ def test_one_part_does_not_hide_that_another_is_missing(host):
         find_model(host, KOLORS, "unet")
 
 
+@pytest.mark.parametrize("folder", ["", "diffusers"])
+def test_a_clone_of_the_model_in_place_of_the_model_folders(host, folder):
+    """Somebody's ~/Kolors as --models-dir; a part counts only if it is whole, as models/unet has another meaning."""
+    clone = host.models_dir / folder
+    put_part(clone, "unet")
+    put_part(clone, "text_encoder")
+    assert find_model(host, KOLORS, "unet") == find_model(host, KOLORS, "text_encoder") == clone
+    (clone / "unet" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="diffusers/Kolors: unet/config.json"):
+        find_model(host, KOLORS, "unet")
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model"])
 def test_a_part_that_lacks_a_file_names_it(host, name):
     folder = host.models_dir / "diffusers" / "Kolors"
