@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from kolors_nodes.kolors.checkpoint import read_json
 from kolors_nodes.kolors.precision import TEXT_PRECISIONS, UNET_PRECISIONS
-from kolors_nodes.kolors.sizes import get_text_encoder_bytes, get_unet_bytes, get_weight_bytes
+from kolors_nodes.kolors.sizes import get_streamed_bytes, get_text_encoder_bytes, get_unet_bytes, get_weight_bytes
 from kolors_nodes.kolors.text_encoder import TextEncoderConfig, load_text_encoder
 from kolors_nodes.kolors.unet import load_unet
 from kolors_nodes.nodes.models import DEMO_FOLDER
@@ -63,3 +65,29 @@ def test_half_precision_is_what_the_published_files_hold():
 def test_less_than_the_existing_wrapper_in_every_row(precision):
     """Below the lowest published figure, with GB as 10^9 bytes; had they been GiB, the more so."""
     assert get_weight_bytes("text_encoder", precision) < min(PUBLISHED[precision]) * 1e9
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_readme_s_table_is_computed(name):
+    readme = (Path(__file__).parents[2] / name).read_text(encoding="utf-8")
+
+    def show(size: int) -> str:
+        return f"{size / 1e9:.2f} GB"
+
+    rows = {
+        ("| fp32 (computes only", "| fp32（只用于计算"): show(get_weight_bytes("text_encoder", "fp32")),
+        "| quant8": show(get_weight_bytes("text_encoder", "quant8")),
+        "| quant4": show(get_weight_bytes("text_encoder", "quant4")),
+        "| fp32 |": show(get_weight_bytes("unet", "fp32")),
+        "| fp8 |": show(get_weight_bytes("unet", "fp8")),
+        "| nf4 |": show(get_weight_bytes("unet", "nf4")),
+        "| `offload`": show(get_streamed_bytes()),
+    }
+    for beginning, size in rows.items():
+        lines = [line for line in readme.splitlines() if line.startswith(beginning)]
+        assert len(lines) == 1 and size in lines[0], (beginning, size)
+    halves = [line for line in readme.splitlines() if line.startswith(("| fp16, bf16", "| fp16、bf16"))]
+    expected = [show(get_weight_bytes(part, "fp16")) for part in ("text_encoder", "unet")]
+    assert [size in line for size, line in zip(expected, halves, strict=True)] == [True, True]
+    table = TextEncoderConfig().padded_vocab_size * TextEncoderConfig().hidden_size * 2
+    assert show(get_weight_bytes("text_encoder", "quant4") - table) in readme
