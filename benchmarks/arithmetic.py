@@ -15,7 +15,7 @@ def count_attention(query_shape, key_shape, value_shape, *_: Any, **__: Any) -> 
     return sdpa_flop_count(query_shape, key_shape, value_shape)
 
 
-def count_linear(rows_shape, weight_shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def count_linear(rows_shape, weight_shape, *_: Any, **__: Any) -> int:
     """Counts rows (..., K) times a weight (N, K)."""
     return 2 * math.prod(rows_shape) * weight_shape[0]
 
@@ -29,6 +29,7 @@ def get_fused_kernels() -> dict[Any, Callable[..., int]]:
     """Lists the kernels of CPUs that torch's counter leaves out, those that this torch has."""
     counters = {
         "aten._scaled_dot_product_flash_attention_for_cpu": count_attention,
+        "aten.mkldnn_convolution": count_convolution,
         "mkldnn._linear_pointwise": count_linear,
         "mkl._mkl_linear": count_linear,
         "mkldnn._convolution_pointwise": count_convolution,

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import warnings
+from dataclasses import replace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by libraries when they are imported
 warnings.filterwarnings("ignore")
@@ -23,7 +24,7 @@ from pairs import Case, Row, measure  # noqa: E402
 
 # Modules of this folder with get_cases(quick=...) -> list[Case], in the order of the table.
 THEMES = ("graphics_card", "sampling", "text_encoding", "decoding", "training", "loras", "loading", "starting")
-QUICK_SECONDS = 75.0  # after these no further row is begun, and none repeated
+QUICK_SECONDS = 90.0  # after these no further row is begun, and none repeated
 
 
 def collect_cases(*, quick: bool) -> list[Case]:
@@ -85,9 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps and repeats: two minutes on two cores")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="rows with NAME in their name")
+    parser.add_argument("--pairs", type=int, metavar="N", help="how often both sides of a row run, in turns")
     parser.add_argument("--json", action="store_true", help="print a list of rows instead of the table")
     chosen = parser.parse_args(arguments)
-    deadline = time.perf_counter() + QUICK_SECONDS if chosen.quick else None
+    started = time.perf_counter()
+    deadline = started + QUICK_SECONDS if chosen.quick else None
     try:
         cases = choose_cases(collect_cases(quick=chosen.quick), chosen.only)
     except ValueError as error:
@@ -98,8 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
         machine = measure_machine(case.device, seconds=0.3 if chosen.quick else 1.0)
         # Before every row, and the best of all counts: what else runs on a machine only lowers it.
         machines[case.device] = machine.take_best(machines.get(case.device, machine))
+        case = replace(case, pairs=chosen.pairs or case.pairs)
         rows.append(measure_case(case, machines[case.device], deadline=deadline))
-        print(format_row(rows[-1]), file=sys.stderr)
+        print(f"{time.perf_counter() - started:.0f} s {format_row(rows[-1])}", file=sys.stderr)
         gc.collect()
     if chosen.json:
         print(json.dumps([row.to_json() for row in rows], indent=2))

@@ -30,13 +30,13 @@ Run = Callable[[int, Callable[[], None]], Outputs]
 
 def get_cases(*, quick: bool) -> list[Case]:
     """Lists the rows; quick ones take fewer steps, so what is computed once a run weighs more in them."""
-    few = 2 if quick else 20
+    steps, large_steps = (2, 1) if quick else (20, 20)
     return [
         Case(name="sampling bundled 128", build=lambda: build_bundled_pair(20), pairs=3 if quick else 15),
-        Case(name="sampling mid 256", build=lambda: build_mid_size_pair(256, few, PROMPT_TOKENS), pairs=2),
-        Case(name="sampling mid 512", build=lambda: build_mid_size_pair(512, few, PROMPT_TOKENS), pairs=2),
+        Case(name="sampling mid 256", build=lambda: build_mid_size_pair(256, steps, PROMPT_TOKENS), pairs=2),
+        Case(name="sampling mid 512", build=lambda: build_mid_size_pair(512, large_steps, PROMPT_TOKENS), pairs=2),
         *([] if quick else [Case(name="sampling mid 256 full prompt", pairs=2,
-                                 build=lambda: build_mid_size_pair(256, few, 256))]),
+                                 build=lambda: build_mid_size_pair(256, steps, 256))]),
     ]  # fmt: skip
 
 

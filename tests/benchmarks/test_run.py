@@ -82,6 +82,8 @@ def test_operations_are_counted_in_the_fused_kernels_too(benchmark):
     assert counted == 2 * (2 * 2 * 16 * 16 * 8)
     picture, kernel = torch.ones(1, 4, 8, 8), torch.ones(6, 4, 3, 3)
     assert count(lambda: torch.conv2d(picture, kernel, padding=1)) == 2 * 6 * 64 * 4 * 9
+    ones = (1, 1)
+    assert count(lambda: torch.mkldnn_convolution(picture, kernel, None, ones, ones, ones, 1)) == 2 * 6 * 64 * 4 * 9
 
 
 def test_operations_of_many_steps_follow_from_two(benchmark):
