@@ -23,8 +23,9 @@ from machine import Machine, measure_machine  # noqa: E402
 from pairs import Case, Row, measure  # noqa: E402
 
 # Modules of this folder with get_cases(quick=...) -> list[Case], in the order of the table.
-THEMES = ("graphics_card", "sampling", "text_encoding", "decoding", "training", "loras", "loading", "starting")
-QUICK_SECONDS = 90.0  # after these no further row is begun, and none repeated
+# Training first: the memory of its processes is told too high once this one is large.
+THEMES = ("training", "graphics_card", "sampling", "text_encoding", "decoding", "loras", "loading", "starting")
+QUICK_SECONDS = 80.0  # after these no further row is begun, and none repeated
 
 
 def collect_cases(*, quick: bool) -> list[Case]:
@@ -44,14 +45,24 @@ def choose_cases(cases: list[Case], only: list[str]) -> list[Case]:
     return [case for case in cases if not only or any(text in case.name for text in only)]
 
 
-def measure_case(case: Case, machine: Machine, *, deadline: float | None) -> Row:
-    """Builds a case's models and measures it."""
+def measure_case(case: Case, machines: dict[str, Machine], *, quick: bool, deadline: float | None) -> Row:
+    """Builds a case's models and measures it.
+
+    Args:
+        case: what.
+        machines: the limits of each device so far. They are measured before every row, and the best counts: what else
+            runs on a machine only lowers them.
+        quick: measures the limits in a shorter time.
+        deadline: of ``time.perf_counter``; after it nothing is measured.
+    """
     if deadline is not None and time.perf_counter() > deadline:
         return Row(name=case.name, note="Left out, as the time was up: run it with --only.")
+    machine = measure_machine(case.device, seconds=0.2 if quick else 1.0)
+    machines[case.device] = machine.take_best(machines.get(case.device, machine))
     built = case.build()
     if isinstance(built, Row):
         return built
-    return measure(case.name, built, machine, pairs=case.pairs, deadline=deadline)
+    return measure(case.name, built, machines[case.device], pairs=case.pairs, deadline=deadline)
 
 
 def format_table(rows: list[Row]) -> str:
@@ -98,11 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     machines: dict[str, Machine] = {}
     rows = []
     for case in cases:
-        machine = measure_machine(case.device, seconds=0.3 if chosen.quick else 1.0)
-        # Before every row, and the best of all counts: what else runs on a machine only lowers it.
-        machines[case.device] = machine.take_best(machines.get(case.device, machine))
         case = replace(case, pairs=chosen.pairs or case.pairs)
-        rows.append(measure_case(case, machines[case.device], deadline=deadline))
+        rows.append(measure_case(case, machines, quick=chosen.quick, deadline=deadline))
         print(f"{time.perf_counter() - started:.0f} s {format_row(rows[-1])}", file=sys.stderr)
         gc.collect()
     if chosen.json:

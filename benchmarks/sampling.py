@@ -35,7 +35,7 @@ def get_cases(*, quick: bool) -> list[Case]:
         Case(name="sampling bundled 128", build=lambda: build_bundled_pair(20), pairs=3 if quick else 15),
         Case(name="sampling mid 256", build=lambda: build_mid_size_pair(256, steps, PROMPT_TOKENS), pairs=2),
         Case(name="sampling mid 512", build=lambda: build_mid_size_pair(512, large_steps, PROMPT_TOKENS), pairs=2),
-        *([] if quick else [Case(name="sampling mid 256 full prompt", pairs=2,
+        *([] if quick else [Case(name="sampling full prompt 256", pairs=2,
                                  build=lambda: build_mid_size_pair(256, steps, 256))]),
     ]  # fmt: skip
 
