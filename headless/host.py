@@ -61,11 +61,46 @@ def find_comfyui_folder() -> Path | None:
     return pack.parents[1] if pack.parent.name == "custom_nodes" else None
 
 
+def read_extra_folders(file: Path) -> dict[str, tuple[list[Path], list[Path]]]:
+    """Reads ComfyUI's ``extra_model_paths.yaml``: folder kind → folders before and behind the usual ones.
+
+    Source: ``load_extra_path_config`` of ComfyUI's ``utils/extra_config.py``, with which it agrees.
+
+    Args:
+        file: need not exist.
+
+    Raises:
+        ValueError: it is no YAML, or not such a file.
+    """
+    if not file.is_file():
+        return {}
+    import yaml  # huggingface_hub, which diffusers needs, brings it
+
+    found: dict[str, tuple[list[Path], list[Path]]] = {}
+    try:
+        for section in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).values():
+            section = dict(section or {})
+            base = Path(os.path.expandvars(os.path.expanduser(section.pop("base_path", ""))))
+            is_first = bool(section.pop("is_default", False))
+            for kind, lines in section.items():
+                folders = [Path(os.path.normpath(file.parent / base / line)) for line in lines.split("\n") if line]
+                first, last = found.setdefault(LEGACY_KINDS.get(kind, kind), ([], []))
+                if is_first:
+                    first[:0] = reversed(folders)  # each goes to the front
+                else:
+                    last += folders
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError, OSError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{file} is no list of model folders as ComfyUI has it ({text}). Correct it.") from error
+    return found
+
+
 class HeadlessHost:
     """Model folders, devices, progress, interruption and file names, as ComfyUI's modules offer them.
 
     Args:
-        models_dir: default: that of the ComfyUI the pack sits in, else ``./models``.
+        models_dir: default: that of the ComfyUI the pack sits in, else ``./models``. Folders that an
+            ``extra_model_paths.yaml`` beside it names are searched as well.
         input_dir: default: that of the ComfyUI the pack sits in, else ``./input``.
         output_dir: default: ``./output``.
         temp_dir: default: ``temp`` in the output folder.
@@ -91,6 +126,7 @@ class HeadlessHost:
         self.output_dir = Path(output_dir or "output").absolute()
         self.temp_dir = Path(temp_dir or self.output_dir / "temp").absolute()
         self.on_progress = on_progress
+        self._extra_folders = read_extra_folders(self.models_dir.with_name("extra_model_paths.yaml"))
         self._device = device
         self._interrupt = threading.Event()
 
@@ -98,7 +134,9 @@ class HeadlessHost:
         """Returns the folders searched for a kind of model, existing or not, under ComfyUI's names."""
         kind = LEGACY_KINDS.get(kind, kind)
         _check_relative(kind, "folder kind")
-        return [self.models_dir / name for name in FOLDER_NAMES.get(kind, (kind,))]
+        own = [self.models_dir / name for name in FOLDER_NAMES.get(kind, (kind,))]
+        first, last = self._extra_folders.get(kind, ((), ()))
+        return list(dict.fromkeys([*first, *own, *last]))
 
     def list_files(self, kind: str) -> list[str]:
         """Returns the files of a kind of model, relative posix names, sorted.

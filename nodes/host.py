@@ -173,10 +173,12 @@ class ComfyHost:
     def list_files(self, kind: str) -> list[str]:
         import folder_paths
 
-        if kind in folder_paths.folder_names_and_paths:
+        folders = self.get_folders(kind)
+        # A kind that only extra_model_paths.yaml registers lacks the folder in the models folder.
+        if len(folder_paths.folder_names_and_paths.get(kind, ([],))[0]) == len(folders):
             return folder_paths.get_filename_list(kind)
         names: set[str] = set()
-        for folder in self.get_folders(kind):
+        for folder in folders:
             files, _ = folder_paths.recursive_search(str(folder), excluded_dir_names=[".git"])
             names.update(folder_paths.filter_files_extensions(files, folder_paths.supported_pt_extensions))
         return sorted(names)

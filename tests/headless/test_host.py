@@ -51,6 +51,43 @@ def test_a_file_is_found_in_any_of_its_folders(host):
     assert host.resolve_file("text_encoders", "sub\\a.safetensors") == path  # saved on Windows
 
 
+EXTRA = """
+comfyui:
+    base_path: {base}
+    is_default: true
+    checkpoints: models/checkpoints/
+    unet: |
+        models/unet
+        models/more
+others:
+    LLM: relative/LLM
+    vae: {base}/vae
+empty:
+"""
+
+
+def test_extra_model_paths_are_read_as_comfyui_does(tmp_path):
+    base = tmp_path / "elsewhere"
+    (tmp_path / "extra_model_paths.yaml").write_text(EXTRA.format(base=base))
+    host = HeadlessHost(models_dir=tmp_path / "models", device="cpu")
+    own = tmp_path / "models"
+    # Of a default section each folder goes to the front, so the last one comes first.
+    expected = [base / "models" / "more", base / "models" / "unet", own / "unet", own / "diffusion_models"]
+    assert host.get_folders("diffusion_models") == host.get_folders("unet") == expected
+    assert host.get_folders("LLM") == [own / "LLM", tmp_path / "relative" / "LLM"]
+    assert host.get_folders("vae") == [own / "vae", base / "vae"]
+    put(tmp_path / "relative" / "LLM" / "chatglm3.safetensors")
+    assert host.list_files("LLM") == ["chatglm3.safetensors"]
+    assert host.resolve_file("LLM", "chatglm3.safetensors").parent == tmp_path / "relative" / "LLM"
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- vae", "a:\n  vae: 3", "a: text"])
+def test_malformed_extra_model_paths_are_told(tmp_path, text):
+    (tmp_path / "extra_model_paths.yaml").write_text(text)
+    with pytest.raises(ValueError, match="extra_model_paths.yaml is no list of model folders"):
+        HeadlessHost(models_dir=tmp_path / "models", device="cpu")
+
+
 def test_a_missing_file_is_told_with_the_folders(host):
     with pytest.raises(FileNotFoundError) as caught:
         host.resolve_file("clip", "absent.safetensors")

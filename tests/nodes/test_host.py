@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +14,7 @@ from kolors_nodes.headless.host import HeadlessHost, Interrupted
 from kolors_nodes.kolors.checkpoint import describe_bytes
 from kolors_nodes.kolors.options import SamplingOptions
 from kolors_nodes.kolors.prompts import PromptEmbeds
-from kolors_nodes.nodes.host import RunnerHost, stop_between_blocks
+from kolors_nodes.nodes.host import ComfyHost, RunnerHost, stop_between_blocks
 from kolors_nodes.nodes.sampler import count_cells
 
 
@@ -99,3 +103,28 @@ def test_bytes_are_described_in_the_unit_of_the_whole():
     assert describe_bytes(2_140_000_000, 5_160_000_000) == "2.1 of 5.2 GB"
     assert describe_bytes(900_000, 14_000_000) == "0.9 of 14.0 MB"
     assert describe_bytes(0, 0) == "0.0 of 0.0 kB"
+
+
+def test_comfyui_s_folders_are_listed_where_only_extra_paths_are_registered(tmp_path, monkeypatch):
+    """ComfyUI knows no kind "LLM"; a line of extra_model_paths.yaml registers it without models/LLM."""
+
+    def search(folder: str, excluded_dir_names: list[str]) -> tuple[list[str], dict]:
+        return sorted(path.name for path in Path(folder).iterdir()), {}
+
+    registered = {"LLM": ([str(tmp_path / "extra")], set()), "vae": ([str(tmp_path / "models" / "vae")], {".sft"})}
+    folder_paths = SimpleNamespace(
+        models_dir=str(tmp_path / "models"),
+        folder_names_and_paths=registered,
+        get_filename_list=lambda kind: [f"what ComfyUI lists of {kind}"],
+        recursive_search=search,
+        filter_files_extensions=lambda files, extensions: [file for file in files if Path(file).suffix in extensions],
+        supported_pt_extensions={".safetensors"},
+    )
+    monkeypatch.setitem(sys.modules, "folder_paths", folder_paths)
+    for folder in ("extra", "models/LLM"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / f"{Path(folder).name}.safetensors").touch()
+    host = ComfyHost()
+    assert host.list_files("LLM") == ["LLM.safetensors", "extra.safetensors"]
+    assert host.resolve_file("LLM", "LLM.safetensors") == tmp_path / "models" / "LLM" / "LLM.safetensors"
+    assert host.list_files("vae") == ["what ComfyUI lists of vae"]
