@@ -15,15 +15,15 @@ def test_the_interval_is_wilsons(benchmark):
 
 def test_changes_are_taken_picture_by_picture(benchmark):
     quality = benchmark("quality")
-    plain = quality.Drawn(pictures=torch.zeros(4, 2, 2, 3), asked=[None] * 4, seconds=8.0)
-    other = quality.Drawn(pictures=torch.full((4, 2, 2, 3), 1 / 255), asked=[None] * 4, seconds=2.0)
+    plain = quality.Drawn(pictures=torch.zeros(4, 2, 2, 3), asked=[None] * 4)
+    other = quality.Drawn(pictures=torch.full((4, 2, 2, 3), 1 / 255), asked=[None] * 4)
     overlaps = {id(plain): [0.9, 0.8, 0.7, 0.6], id(other): [0.8, 0.7, 0.6, 0.9]}
 
     def read(drawn):
         return [{"all": float(overlap > 0.65), "iou": overlap} for overlap in overlaps[id(drawn)]]
 
-    verdict = quality.compare("row", other, plain, read)
-    assert (verdict.pictures, verdict.right, verdict.seconds) == (4, 0.75, 0.25)
+    verdict = quality.compare("row", other, plain, read, 4.0)
+    assert (verdict.pictures, verdict.right, verdict.speed) == (4, 0.75, 4.0)
     assert verdict.overlap_change == pytest.approx(0.0, abs=1e-12)
     assert verdict.overlap_error == pytest.approx(0.1)  # changes -0.1 three times and 0.3: deviation 0.2, of four
     assert verdict.difference == pytest.approx(1.0, rel=1e-5)
@@ -48,7 +48,9 @@ def test_every_speed_option_precision_and_scheduler_is_a_choice(benchmark):
 def test_drawing_takes_prompts_of_all_groups_with_every_seed(benchmark):
     quality = benchmark("quality")
     few = quality.replace(quality.PLAIN, num_inference_steps=1)
-    drawn = quality.draw(quality.Choice(name="one step", sampling=few), prompts=1, seeds=2)
+    one_step = quality.Choice(name="one step", sampling=few)
+    drawn = quality.draw(one_step, prompts=1, seeds=2)
+    assert quality.measure_speed(one_step, one_step, pairs=1) > 0
     assert drawn.pictures.shape == (8, quality.RESOLUTION, quality.RESOLUTION, 3)
-    assert drawn.seconds > 0 and len(drawn.asked) == 8
+    assert len(drawn.asked) == 8
     assert drawn.asked[0] == drawn.asked[1] and len(set(drawn.asked)) > 1
