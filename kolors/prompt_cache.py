@@ -38,13 +38,13 @@ class PromptCache:
         encode: Callable[[TokenBatch], list[Text]],
         folder: Path | None = None,
     ) -> dict[str, Text]:
-        """Gives texts encoded: those that are known at once, the others in one batch.
+        """Gives texts encoded: those that are known at once, the others one by one.
 
         Args:
             texts: prompts; each is encoded once.
             tokenizer: of the encoder.
             encoder: identity of the encoder, and what it computes in.
-            encode: called if a text is unknown; loads the encoder and runs it.
+            encode: called for each unknown text, a batch of one; loads the encoder and runs it.
             folder: of files to read and to write; None: in memory alone.
 
         Returns:
@@ -53,10 +53,9 @@ class PromptCache:
         ids = {text: tokenizer.encode(text) for text in texts}
         names = {text: get_cache_name(*encoder, tokens) for text, tokens in ids.items()}
         found = {text: self._find(names[text], len(tokens), folder) for text, tokens in ids.items()}
-        unknown = [text for text, encoded in found.items() if encoded is None]
-        if unknown:
-            batch = TokenBatch.from_ids([ids[text] for text in unknown], tokenizer.pad_token_id)
-            found |= zip(unknown, map(_to_cpu, encode(batch)), strict=True)
+        for text in [text for text, encoded in found.items() if encoded is None]:
+            # One at a time: a text's last bits depend on what it is encoded beside, and so would a seed's picture.
+            found[text] = _to_cpu(encode(TokenBatch.from_ids([ids[text]], tokenizer.pad_token_id))[0])
         for text, encoded in found.items():
             self._keep(names[text], encoded, folder)
         return found
