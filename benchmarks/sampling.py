@@ -90,7 +90,7 @@ def build_pair(
         ours_flops=ours_flops,
         peer_flops=peer_flops,
         moved_bytes=steps * sum(parameter.nbytes for parameter in unet.parameters()),
-        note=f"{steps} steps, cfg {GUIDANCE_SCALE:g}, {unet.dtype}".replace("torch.", ""),
+        note=f"{steps} step{'' if steps == 1 else 's'}, cfg {GUIDANCE_SCALE:g}, {unet.dtype}".replace("torch.", ""),
     )
 
 
