@@ -14,13 +14,14 @@ from kolors_nodes.kolors.unet import load_unet
 from kolors_nodes.nodes.loaders import (
     DownloadAndLoadChatGLM3,
     DownloadAndLoadKolorsModel,
+    LoadChatGLM3,
     LoadKolorsUNet,
     list_checkpoints,
     resolve_checkpoint,
 )
 from kolors_nodes.nodes.models import DEMO_FOLDER
 
-from ..files import get_chatglm_shapes, write_holes, write_pickle
+from ..files import get_chatglm_shapes, write_chatglm, write_holes, write_pickle
 
 
 @pytest.fixture
@@ -77,3 +78,22 @@ def test_text_encoders_are_listed_from_both_folders_without_what_lies_beside_the
     ]  # fmt: skip
     assert resolve_checkpoint(host, "three.safetensors").parent.name == "text_encoders"
     assert resolve_checkpoint(host, "chatglm3-6b-base/pytorch_model-00001-of-00003.bin") == base
+
+
+@pytest.mark.parametrize(
+    ("bits", "prefix", "precision", "stored"),
+    [(16, "", "as file", "fp16"), (16, "transformer.", "quant4", "quant4"), (8, "", "as file", "fp16"),
+     (4, "transformer.", "as file", "fp16")],
+)  # fmt: skip
+def test_a_single_text_encoder_file_is_looked_at_and_not_loaded(host, bits, prefix, precision, stored):
+    """Of full size, though nothing but its header is read until a text is encoded. The file's name misleads."""
+    write_chatglm(host.models_dir / "LLM" / "checkpoints" / "chatglm3-4bit-8bit.safetensors", bits, prefix)
+    shutil.copy(DEMO_FOLDER / "tokenizer" / "tokenizer.model", host.models_dir / "LLM" / "checkpoints")
+    name = "chatglm3-4bit-8bit.safetensors"
+    assert LoadChatGLM3.INPUT_TYPES()["required"]["chatglm3_checkpoint"][0] == [name]
+    assert LoadChatGLM3.VALIDATE_INPUTS(name) is True
+    (model,) = LoadChatGLM3().loadmodel(name, precision=precision, embedding_on_cpu=True)
+    quantisation = model.files.quantisation
+    assert (quantisation.bits if quantisation else 16) == bits
+    assert (model.precision, model.embedding_on_cpu) == (stored, True)
+    assert "text_encoder" not in vars(model)
