@@ -31,15 +31,7 @@ from .names import DIFFUSERS, UNetNames, get_unet_names
 from .options import TrainingError, TrainingOptions, check_name
 from .order import Order, build_order, draw_sample, get_seed
 from .plot import draw_loss
-from .sharding import (
-    DEEPSPEED,
-    FSDP,
-    gather,
-    gather_weights,
-    get_sharding,
-    scatter_optimizer_state,
-    set_sharding_,
-)
+from .sharding import gather, is_sharded, scatter_optimizer_state, set_sharding_
 from .trainee import (
     build_trainee,
     get_compute_dtype,
@@ -322,7 +314,7 @@ def check_place(place: Place, num_parameters: int = 0) -> None:
         )
 
 
-def build_accelerator(options: TrainingOptions, device: torch.device, resume: str = "no") -> Accelerator:
+def build_accelerator(options: TrainingOptions, device: torch.device) -> Accelerator:
     """Makes accelerate's object for one run, set up for several processes as accelerate's own configuration says.
 
     Raises:
@@ -339,7 +331,7 @@ def build_accelerator(options: TrainingOptions, device: torch.device, resume: st
         mixed_precision=mixed_precision, cpu=device.type == "cpu", device_placement=False,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
     )  # fmt: skip
-    set_sharding_(accelerator, options, resume)
+    set_sharding_(accelerator, options)
     return accelerator
 
 
@@ -413,13 +405,13 @@ class _Run:
 
     def __init__(
         self, unet: UNet2DConditionModel, data: TrainingData, options: TrainingOptions, place: Place, watcher: Watcher,
-        device: torch.device, metadata: dict[str, str], resume: str,
+        device: torch.device, metadata: dict[str, str],
     ):  # fmt: skip
         self.data, self.options, self.place, self.watcher = data, options, place, watcher
         self.metadata = metadata
         self.names: UNetNames = get_unet_names(unet)
-        self.accelerator = build_accelerator(options, device, resume)
-        self.sharding = get_sharding(self.accelerator)
+        self.accelerator = build_accelerator(options, device)
+        self.is_sharded = is_sharded(self.accelerator)
         self.device = self.accelerator.device if self.accelerator.num_processes > 1 else device
         processes = self.accelerator.num_processes
         self.settings = get_settings(data.digest, options, processes)
@@ -444,6 +436,8 @@ class _Run:
 
     def prepare(self, start: Checkpoint | None) -> None:
         """Restores a checkpoint and hands model and optimizer to accelerate."""
+        if self.is_sharded and self.options.sample_prompts and self.accelerator.is_main_process:
+            logger.warning("No sample pictures under FSDP: a UNet in parts draws none. Draw with the LoRA file so far.")
         if start:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
@@ -452,12 +446,13 @@ class _Run:
             self.smoothed_loss = start.smoothed_loss
         self._restore_log()
         self.model, self.optimizer = self.accelerator.prepare(self.trainee, self.optimizer)
-        if self.sharding:
+        if self.is_sharded:
             self.parameters = list_trained(self.trainee)  # FSDP puts others in their place
         if start:
-            spread = self.sharding == FSDP
-            state = scatter_optimizer_state(start.optimizer, self.parameters) if spread else dict(start.optimizer)
-            self.optimizer.load_state_dict(state)
+            state = dict(start.optimizer)
+            self.optimizer.load_state_dict(
+                scatter_optimizer_state(state, self.parameters) if self.is_sharded else state
+            )
             if start.scaler and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(dict(start.scaler))
 
@@ -489,7 +484,7 @@ class _Run:
                     loss = get_loss(self.model, batch)
                 losses.append(self._check_loss(loss, batch))
                 self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients and options.max_grad_norm and self.sharding != DEEPSPEED:
+                if self.accelerator.sync_gradients and options.max_grad_norm:
                     self.accelerator.clip_grad_norm_(list(self.parameters.values()), options.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -507,9 +502,9 @@ class _Run:
         return build_batch(self.data, self.options, chosen, self.alphas_cumprod, self.device)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        """Computes in the run's precision; accelerate does that itself unless FSDP or DeepSpeed cast the weights."""
+        """Computes in the run's precision; accelerate does that itself except under FSDP."""
         dtype = get_compute_dtype(self.options, self.device)
-        return torch.autocast(self.device.type, dtype, enabled=bool(self.sharding) and dtype != torch.float32)
+        return torch.autocast(self.device.type, dtype, enabled=self.is_sharded and dtype != torch.float32)
 
     @contextlib.contextmanager
     def _seeded_dropout(self, index: int) -> Iterator[None]:
@@ -555,21 +550,20 @@ class _Run:
     def get_lora(self) -> Lora:
         """Gives the LoRA so far; all processes must call it."""
         metadata = {**self.metadata, "steps": str(self.step)}
-        return get_lora(gather_weights(self.parameters, self.sharding), self.names, self.options.alpha, metadata)
+        return get_lora(gather(self.parameters), self.names, self.options.alpha, metadata)
 
     def save(self) -> None:
         """Writes checkpoint, LoRA and plot, in the main process; all must call it."""
-        weights = gather_weights(self.parameters, self.sharding)
-        optimizer = gather(self.optimizer.state_dict()) if self.sharding != DEEPSPEED else None
+        weights = gather({name: parameter.detach() for name, parameter in self.parameters.items()})
+        optimizer = gather(self.optimizer.state_dict())
         lora = self.get_lora()
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
-        if optimizer is not None:
-            save_checkpoint(self.place.checkpoints, Checkpoint(
-                step=self.step, total=self.options.max_train_steps, smoothed_loss=self.smoothed_loss, scaler=scaler,
-                weights=weights, optimizer=optimizer, settings=self.settings,
-            ))  # fmt: skip
+        save_checkpoint(self.place.checkpoints, Checkpoint(
+            step=self.step, total=self.options.max_train_steps, smoothed_loss=self.smoothed_loss, scaler=scaler,
+            weights=weights, optimizer=optimizer, settings=self.settings,
+        ))  # fmt: skip
         save_lora(lora, self.place.lora, DIFFUSERS)
         if self.losses:
             draw_loss(self.losses, self.smoothed, self.step - len(self.losses) + 1).save(self.place.plot)
@@ -579,7 +573,7 @@ class _Run:
         """Draws the sample prompts with the LoRA so far, into files and to the watcher."""
         if not (self.options.sample_prompts and self.watcher.decode and self.accelerator.is_main_process):
             return
-        if self.sharding:
+        if self.is_sharded:
             return  # told before training; a forward pass needs all processes
         height, width = (VAE_SCALE_FACTOR * side for side in self.data.samples[0].latents.shape[2:])
         pictures = []
@@ -627,7 +621,7 @@ class _Run:
                     self.draw_samples()
             except BaseException:
                 # A watcher that raises, as ComfyUI's progress does on Cancel, leaves a run that can go on.
-                if not self.sharding:  # saving takes all processes, and the others do not know
+                if not self.is_sharded:  # saving takes all processes, and the others do not know
                     self.save()
                 raise
             if self.should_stop():
@@ -663,7 +657,7 @@ def train(
         header = {"seed": str(options.seed), **(metadata or {})}
         if unet.config.block_out_channels == KOLORS_UNET_CONFIG["block_out_channels"]:
             header.setdefault("base_model", "Kwai-Kolors/Kolors")
-        run = _Run(unet, data, options, place, watcher or Watcher(), torch.device(device), header, resume)
+        run = _Run(unet, data, options, place, watcher or Watcher(), torch.device(device), header)
         run.in_inference_mode = in_inference_mode
         check_place(place, sum(parameter.numel() for parameter in run.parameters.values()))
         start = find_start(place, run.settings, options, resume)
@@ -675,7 +669,9 @@ def train(
         run.prepare(start)
         try:
             run.loop()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
             raise TrainingError(describe_memory(options, data, run.device)) from error
         run.accelerator.wait_for_everyone()
         if start and run.step == start.step:
@@ -688,7 +684,10 @@ def train(
 
 def describe_memory(options: TrainingOptions, data: TrainingData, device: torch.device) -> str:
     """Says what there was too little of, and what to lower."""
-    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+    use = ""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        use = f": {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB are in use"
     height, width = (VAE_SCALE_FACTOR * max(each.latents.shape[side] for each in data.samples) for side in (2, 3))
     wishes = [f"the batch size ({options.train_batch_size})"] if options.train_batch_size > 1 else []
     wishes += ["turn on gradient checkpointing"] if not options.gradient_checkpointing else []
@@ -696,7 +695,5 @@ def describe_memory(options: TrainingOptions, data: TrainingData, device: torch.
     if options.base_precision not in ("4bit", "8bit"):
         wishes += ["hold the base in 4bit or 8bit"]
     wishes += [f"the rank ({options.rank})"]
-    return (
-        f"Out of memory on {device}: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB are in use. Lower, or "
-        f"change, in this order: {'; '.join(wishes)}. The last checkpoint stays, but needs the same settings."
-    )
+    return f"Out of memory on {device}{use}. Lower, or change, in this order: {'; '.join(wishes)}. The last "
+        "checkpoint stays, but needs the same settings."

@@ -373,8 +373,18 @@ def test_a_missing_bitsandbytes_is_told(unet, data, tmp_path, monkeypatch, optio
 
 def test_too_little_memory_says_what_to_lower(data):
     text = describe_memory(replace(SHORT, base_precision=""), data, CPU)
+    assert text.startswith("Out of memory on cpu. Lower")
     for part in ("batch size (2)", "gradient checkpointing", "resolution (64x64)", "4bit", "rank (4)"):
         assert part in text
+
+
+def test_a_processor_out_of_memory_is_told_alike(unet, data, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr("kolors_nodes.lora.training.get_loss", fail)
+    with pytest.raises(TrainingError, match=r"Out of memory on cpu\. Lower.*batch size \(2\)"):
+        run(unet, data, SHORT, tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"base_precision": "4bit"}, {"base_precision": "8bit"}, {"optimizer": "adamw8bit"}])
