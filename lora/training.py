@@ -695,5 +695,7 @@ def describe_memory(options: TrainingOptions, data: TrainingData, device: torch.
     if options.base_precision not in ("4bit", "8bit"):
         wishes += ["hold the base in 4bit or 8bit"]
     wishes += [f"the rank ({options.rank})"]
-    return f"Out of memory on {device}{use}. Lower, or change, in this order: {'; '.join(wishes)}. The last "
-        "checkpoint stays, but needs the same settings."
+    return (
+        f"Out of memory on {device}{use}. Lower, or change, in this order: {'; '.join(wishes)}. The last checkpoint "
+        "stays, but needs the same settings."
+    )
