@@ -5,35 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kolors_nodes.kolors.unet import KOLORS_UNET_CONFIG, build_unet
+from kolors_nodes.kolors.unet import build_unet
 from kolors_nodes.lora.adapters import LowRank
 from kolors_nodes.lora.formats import Lora
 from kolors_nodes.lora.names import get_unet_names
 
-TINY_UNET = {
-    **KOLORS_UNET_CONFIG,
-    "sample_size": 8,
-    "block_out_channels": (32, 32, 64),
-    "layers_per_block": 1,
-    "transformer_layers_per_block": (1, 1, 2),
-    "attention_head_dim": (1, 2, 4),
-    "norm_num_groups": 8,
-    "cross_attention_dim": 16,
-    "encoder_hid_dim": 32,
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 6 * 8 + 32,
-}
+from ..tiny_models import TINY_UNET, seed_weights_
 
 
 @pytest.fixture(scope="session")
 def unet():
     """Shared by all tests; none may change it."""
-    unet = build_unet(TINY_UNET)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in sorted(unet.named_parameters()):
-        values = torch.randn(parameter.shape, generator=generator) * 0.1
-        parameter.data.copy_(values + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
-    return unet.requires_grad_(False)
+    return seed_weights_(build_unet(TINY_UNET)).requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
