@@ -35,9 +35,11 @@ def check_name(name: str) -> None:
     """Checks that a name can be a file's, on every system, and leads nowhere.
 
     Raises:
-        TrainingError: it is empty, has a slash, a colon or a control character, or starts with a dot.
+        TrainingError: it is empty, has a slash, a colon or a control character, starts with a dot, ends with a dot or
+            a space, or is one of Windows' devices.
     """
-    if not re.fullmatch(r"[^./\\:*?\"<>|\x00-\x1f][^/\\:*?\"<>|\x00-\x1f]*", name):
+    is_plain = re.fullmatch(r"[^./\\:*?\"<>|\x00-\x1f][^/\\:*?\"<>|\x00-\x1f]*(?<![. ])", name)
+    if not is_plain or re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE):
         raise TrainingError(
             f"The LoRA's name is {name!r}, expected a plain file name without folders, such as my_style. "
             "The folder is chosen elsewhere."

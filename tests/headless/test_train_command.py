@@ -99,6 +99,15 @@ def test_ctrl_c_leaves_a_run_that_resumes(workplace, cache, capsys, monkeypatch)
     assert files[0] == files[1]
 
 
+def test_spaces_and_chinese_in_every_path_and_name(workplace, cache, capsys):
+    pictures = workplace / "我的 图片"
+    shutil.copytree(DEMO_DATASET, pictures)
+    settings = ["--dataset_path", str(pictures), "--output_path", "输出 文件夹", "--name", "我的 风格"]
+    assert main([*TUTORIAL, *SMALL, "--max_train_steps", "1", *settings, *cache]) == 0
+    assert capsys.readouterr().out.strip() == "输出 文件夹/我的 风格.safetensors"
+    assert (workplace / "输出 文件夹" / "我的 风格.safetensors").is_file()
+
+
 def test_samples_and_regularisation(workplace, cache):
     settings = ["--max_train_steps", "2", "--batch_size", "2", "--sample_prompt", "a red cross", *SMALL]
     regularization = ["--regularization_prompt", "a red circle", "--regularization_count", "1"]

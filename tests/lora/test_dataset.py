@@ -175,7 +175,14 @@ def test_options_out_of_range(wrong):
         TrainingOptions(**wrong)
 
 
-@pytest.mark.parametrize("name", ["", "../up", "a/b", "a\\b", "C:x", ".hidden", "a\nb"])
-def test_names_that_lead_elsewhere(name):
+@pytest.mark.parametrize(
+    "name", ["", "../up", "a/b", "a\\b", "C:x", ".hidden", "a\nb", "ends with a dot.", "or a space ", "con", "LPT1.x"]
+)
+def test_names_that_lead_elsewhere_or_fit_no_windows(name):
     with pytest.raises(TrainingError, match="plain file name"):
         check_name(name)
+
+
+@pytest.mark.parametrize("name", ["a", "my style v1.2", "我的 风格", "console"])
+def test_names_that_fit_everywhere(name):
+    check_name(name)
