@@ -35,7 +35,7 @@ class PromptCache:
         tokenizer: Tokenizer,
         *,
         encoder: tuple[str, str],
-        encode: Callable[[TokenBatch], list[Text]],
+        encode: Callable[[list[TokenBatch]], list[Text]],
         folder: Path | None = None,
     ) -> dict[str, Text]:
         """Gives texts encoded: those that are known at once, the others one by one.
@@ -44,7 +44,7 @@ class PromptCache:
             texts: prompts; each is encoded once.
             tokenizer: of the encoder.
             encoder: identity of the encoder, and what it computes in.
-            encode: called for each unknown text, a batch of one; loads the encoder and runs it.
+            encode: called if a text is unknown, with a batch of one for each such; loads the encoder and runs it.
             folder: of files to read and to write; None: in memory alone.
 
         Returns:
@@ -53,9 +53,11 @@ class PromptCache:
         ids = {text: tokenizer.encode(text) for text in texts}
         names = {text: get_cache_name(*encoder, tokens) for text, tokens in ids.items()}
         found = {text: self._find(names[text], len(tokens), folder) for text, tokens in ids.items()}
-        for text in [text for text, encoded in found.items() if encoded is None]:
+        unknown = [text for text, encoded in found.items() if encoded is None]
+        if unknown:
             # One at a time: a text's last bits depend on what it is encoded beside, and so would a seed's picture.
-            found[text] = _to_cpu(encode(TokenBatch.from_ids([ids[text]], tokenizer.pad_token_id))[0])
+            batches = [TokenBatch.from_ids([ids[text]], tokenizer.pad_token_id) for text in unknown]
+            found |= zip(unknown, map(_to_cpu, encode(batches)), strict=True)
         for text, encoded in found.items():
             self._keep(names[text], encoded, folder)
         return found

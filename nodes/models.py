@@ -100,9 +100,9 @@ class ChatGLM3Model:
         """Encodes texts. Those encoded before come from memory, or from files in the folder, without the encoder."""
         from ..kolors.prompt_cache import PROMPTS
 
-        def encode(batch: TokenBatch) -> list[Text]:
+        def encode(batches: list[TokenBatch]) -> list[Text]:
             with host.on_device(self.text_encoder, self):
-                return self.text_encoder.encode_texts(batch)
+                return [text for batch in batches for text in self.text_encoder.encode_texts(batch)]
 
         encoder = (self.identity, self.arithmetic)
         return PROMPTS.encode(texts, self.tokenizer, encoder=encoder, encode=encode, folder=folder)
