@@ -52,6 +52,7 @@ def visits(monkeypatch):
     return seen
 
 
+@pytest.mark.usefixtures("offloading")
 def test_the_same_picture_with_one_layer_at_a_time(unet, visits):
     expected = run(unet)
     with torch.inference_mode(), stream_weights(unet, CPU):
@@ -64,6 +65,7 @@ def test_the_same_picture_with_one_layer_at_a_time(unet, visits):
     assert torch.equal(run(unet), expected)
 
 
+@pytest.mark.usefixtures("offloading")
 def test_every_weight_belongs_to_a_group(unet):
     """One that does not would stay on the CPU while the rest computes on the card."""
     with stream_weights(unet, CPU):
@@ -76,6 +78,7 @@ def test_every_weight_belongs_to_a_group(unet):
     assert found == {id(parameter) for parameter in unet.parameters()}
 
 
+@pytest.mark.usefixtures("offloading")
 def test_an_interruption_within_a_pass_leaves_nothing_behind(unet):
     expected, calls = run(unet), []
 

@@ -249,6 +249,7 @@ def test_a_compact_base_keeps_every_bit_and_shares_it(compact, names, make_lora,
     assert torch.equal(sample(apply_loras(patched, [(lora, 0.0)]), embeds, OPTIONS), sample(patched, embeds, OPTIONS))
 
 
+@pytest.mark.usefixtures("offloading")
 def test_loras_on_a_unet_that_is_offloaded(compact, names, make_lora, embeds):
     """The hooks of an offloaded base reach no copy, and the copy can be offloaded itself."""
     pytest.importorskip("diffusers.hooks.group_offloading", reason="offloading needs diffusers 0.33 or newer")
