@@ -56,8 +56,7 @@ def test_lists_every_registered_node_as_declared(server, pack_name):
 def test_examples_give_the_headless_runner_s_latents_bit_for_bit(server, base, checkout, pack_name, path):
     """Both run in the same Python, that of ComfyUI, on the copy of the pack that ComfyUI has.
 
-    A training's pictures are encoded by ComfyUI's VAE object here and ours there, which round differently (1e-5); what
-    is drawn with its LoRA agrees to that, grown over its steps and the sampler's.
+    Trainings too: ComfyUI's VAE object and ours run the same network, one picture at a time, in one memory layout.
     """
     prompt = to_demo_prompt(to_prompt(load_workflow(path), with_stand_ins(NODE_CLASS_MAPPINGS)))
     samplers = [node_id for node_id, node in prompt.items() if node["class_type"] == "KolorsSampler"]
@@ -78,10 +77,7 @@ def test_examples_give_the_headless_runner_s_latents_bit_for_bit(server, base, c
             load_file(base / folder / path.stem / f"{node_id}_00001_.latent")["latent_tensor"]
             for folder in ("output", "headless")
         )
-        if is_trained(prompt, node_id):
-            torch.testing.assert_close(in_comfyui, headless, rtol=0, atol=0.05)
-        else:
-            assert torch.equal(in_comfyui, headless)
+        assert torch.equal(in_comfyui, headless)
 
 
 def run_headless(python: str, base: Path, pack_name: str, prompt: dict) -> None:
@@ -95,12 +91,6 @@ def run_headless(python: str, base: Path, pack_name: str, prompt: dict) -> None:
     search_path = os.pathsep.join(filter(None, [str(base / "site"), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": search_path})
     assert result.returncode == 0, result.stdout + result.stderr
-
-
-def is_trained(prompt: dict, node_id: str) -> bool:
-    """Tells whether a node draws with what was trained in the same graph."""
-    links = [value for value in prompt[node_id]["inputs"].values() if isinstance(value, list)]
-    return any(prompt[link[0]]["class_type"] == "KolorsTrainLora" or is_trained(prompt, link[0]) for link in links)
 
 
 @pytest.mark.parametrize("name", NODE_CLASS_MAPPINGS)
