@@ -98,12 +98,14 @@ class Case:
         build: makes the pair (models are built then), or measures on its own and gives the row.
         pairs: how many are run.
         device: whose limits it is held against.
+        is_long: run after the short ones, for whose sake it is left out where the time is short.
     """
 
     name: str
     build: Callable[[], Pair | Row]
     pairs: int = 5
     device: str = "cpu"
+    is_long: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,13 +32,18 @@ Run = Callable[[int, Callable[[], None]], Outputs]
 def get_cases(*, quick: bool) -> list[Case]:
     """Lists the rows; quick ones take fewer steps, so what is computed once a run weighs more in them."""
     steps, large_steps = (2, 1) if quick else (20, 20)
-    return [
+
+    def make_case(name: str, side: int, steps: int, num_tokens: int = PROMPT_TOKENS) -> Case:
+        build = partial(build_mid_size_pair, side, steps, num_tokens)
+        return Case(name=name, build=build, pairs=2, is_long=True)
+
+    cases = [
         Case(name="sampling bundled 128", build=lambda: build_bundled_pair(20), pairs=3 if quick else 15),
-        Case(name="sampling mid 256", build=lambda: build_mid_size_pair(256, steps, PROMPT_TOKENS), pairs=2),
-        Case(name="sampling mid 512", build=lambda: build_mid_size_pair(512, large_steps, PROMPT_TOKENS), pairs=2),
-        *([] if quick else [Case(name="sampling full prompt 256", pairs=2,
-                                 build=lambda: build_mid_size_pair(256, steps, 256))]),
-    ]  # fmt: skip
+        make_case("sampling mid 256", 256, steps),
+        make_case("sampling mid 512", 512, large_steps),
+        make_case("sampling full prompt 256", 256, steps, num_tokens=256),
+    ]
+    return cases[:3] if quick else cases
 
 
 def build_bundled_pair(steps: int) -> Pair:
