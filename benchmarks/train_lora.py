@@ -354,52 +354,83 @@ def get_command(output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def run_forked(arguments: list[str], seconds: float | None) -> bool:
-    """Runs the command in a fork, so that nothing is imported again; kills it after a time. True: it ended itself."""
+def run_forked(arguments: list[str], plan: tuple[str, int, bool] | None) -> bool:
+    """Runs the command in a fork, so that nothing is imported again. True: it ended itself; False: it was killed.
+
+    Args:
+        arguments: of the command.
+        plan: phase, how many writes of that phase to let pass, and whether to die after renaming instead of before;
+            None: lets it end.
+    """
     from kolors_nodes.headless.command import main
 
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if plan:
+            die_when_writing(*plan)
         os._exit(main(arguments))
-    deadline = time.monotonic() + seconds if seconds is not None else float("inf")
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            assert os.waitstatus_to_exitcode(status) == 0, f"the run failed with {status}"
-            return True
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return False
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, -signal.SIGKILL), f"the run failed with {code}"
+    return code == 0
 
 
-def measure_kills(folder: Path, kills: int = 20) -> None:
-    """Kills runs at random moments until there were so many kills, and compares what they end with."""
+def die_when_writing(phase: str, passed: int, is_after: bool) -> None:
+    """Lets this process kill itself like ``kill -9`` around the renaming that puts a file in its place."""
+    rename, left = os.replace, [passed]
+
+    def replace(source, target) -> None:
+        is_meant = get_phase(Path(target)) == phase
+        if is_meant and not left[0] and not is_after:
+            with open(source, "r+b") as file:
+                file.truncate(os.path.getsize(source) // 2)  # as if killed in the middle of writing
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+        if is_meant and not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= is_meant
+
+    os.replace = replace
+
+
+def get_phase(path: Path) -> str:
+    """Names what a file belongs to: captions, latents, checkpoints, or the file itself."""
+    return path.parent.name if path.parent.name in ("captions", "latents", "checkpoints") else path.name
+
+
+def list_plans(chance: random.Random, kills: int) -> list[tuple[str, int, bool]]:
+    """Spreads kills evenly over the phases, before and after renaming, after a random number of writes."""
+    phases = {"captions": 15, "latents": 15, "checkpoints": 3, "kolors_lora.safetensors": 3, "log.jsonl": 0}
+    turns = [(phase, is_after) for phase in phases for is_after in (False, True)]
+    chosen = [turns[index % len(turns)] for index in range(kills)]
+    return [(phase, chance.randint(0, phases[phase]), is_after) for phase, is_after in chosen]
+
+
+def measure_kills(folder: Path, kills: int = 30) -> None:
+    """Kills runs in every phase, half of them in the middle of a file, and compares what they end with."""
     import torch
 
     import_everything()
     torch.set_num_threads(1)  # a fork has no threads
-    settings = ("--max_train_steps", "12", "--checkpoint_every", "1", "--batch_size", "2", "--lora_dropout", "0.1")
-    started = time.monotonic()
+    settings = ("--max_train_steps", "6", "--checkpoint_every", "1", "--batch_size", "2", "--lora_dropout", "0.1")
     assert run_forked(get_command(folder / "whole", *settings), None)
-    duration = time.monotonic() - started
     chance = random.Random(0)
-    done, endings, moments = 0, 0, []
-    while done < kills or (folder / "killed").exists():
-        moment = chance.uniform(0, duration) if done < kills else None
-        phase = describe_files(folder / "killed")
-        if not run_forked(get_command(folder / "killed", *settings, "--resume"), moment):
-            done += 1
-            moments.append(f"{phase}->{describe_files(folder / 'killed')}")
+    done, endings, killed = [], 0, folder / "killed"
+    plans = list_plans(chance, kills)
+    while plans or killed.exists():
+        plan = plans.pop(0) if plans else None
+        if not run_forked(get_command(killed, *settings, "--resume"), plan):
+            done.append(f"{plan[0]} {'after' if plan[2] else 'before'} {plan[1]}")
             continue
-        assert filecmp.cmp(folder / "whole/kolors_lora.safetensors", folder / "killed/kolors_lora.safetensors", False)
+        assert filecmp.cmp(folder / "whole/kolors_lora.safetensors", killed / "kolors_lora.safetensors", False)
         losses = [(folder / name / "kolors_lora-training/log.jsonl").read_text() for name in ("whole", "killed")]
         assert get_losses(losses[0]) == get_losses(losses[1])
         endings += 1
-        shutil.rmtree(folder / "killed")
-    print(f"{done} kills within {duration:.1f} s runs, {endings} runs ended, every file equal to the last bit")
-    print("what was there before and after each kill (cached files, newest checkpoint): " + ", ".join(moments))
+        shutil.rmtree(killed)
+    print(f"{len(done)} kills, {endings} runs ended, every file equal to the last bit")
+    print("each around a renaming (phase, before or after, writes let pass): " + ", ".join(done))
 
 
 def import_everything() -> None:
@@ -414,13 +445,6 @@ def import_everything() -> None:
 
     for name in ("UNet2DConditionModel", "AutoencoderKL", "EulerDiscreteScheduler"):
         getattr(diffusers, name)
-
-
-def describe_files(output: Path) -> str:
-    """Says how far a run's files are."""
-    cached = len(list(output.glob("kolors-cache/*/*.safetensors")))
-    steps = [path.stem for path in output.glob("kolors_lora-training/checkpoints/step-*")]
-    return f"{cached}c/{int(max(steps).removeprefix('step-')) if steps else 0}s"
 
 
 def get_losses(log: str) -> list[float]:
