@@ -14,6 +14,7 @@ if __package__:
     )
     from .nodes.lora import KolorsApplyLora, KolorsLoraLoader, KolorsSaveLora, LoadKolorsLoRA
     from .nodes.sampler import KolorsSampler
+    from .nodes.speed import KolorsSpeed
     from .nodes.training import KolorsLoraDataset, KolorsTrainLora, KolorsTrainOptions
 
     NODE_CLASS_MAPPINGS = {
@@ -31,6 +32,7 @@ if __package__:
         "KolorsLoraDataset": KolorsLoraDataset,
         "KolorsTrainOptions": KolorsTrainOptions,
         "KolorsTrainLora": KolorsTrainLora,
+        "KolorsSpeed": KolorsSpeed,
     }
     NODE_DISPLAY_NAME_MAPPINGS = {
         "DownloadAndLoadKolorsModel": "(Down)load Kolors Model",
@@ -47,6 +49,7 @@ if __package__:
         "KolorsLoraDataset": "Kolors LoRA Dataset",
         "KolorsTrainOptions": "Kolors Train Options",
         "KolorsTrainLora": "Kolors Train LoRA",
+        "KolorsSpeed": "Kolors Speed",
     }
     WEB_DIRECTORY = "./web"
     __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

@@ -6,14 +6,18 @@ what is constant over a run comes in ready, and so that one compiled function se
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .products import linear
+from .products import has_onednn, linear
+
+logger = logging.getLogger(__name__)
 
 # A layer's weights, or where they are not plain the layer itself. Both are called with the input.
 Layer = Callable[[torch.Tensor], torch.Tensor]
@@ -184,6 +188,35 @@ def run_transformer_block(tokens: torch.Tensor, block: TransformerBlock, text: T
     tokens = tokens + block.text_out(join_heads(read))
     inner, gate = block.widen(block.norm3(tokens)).chunk(2, dim=-1)
     return tokens + block.narrow(inner * F.gelu(gate))
+
+
+RunResidual = Callable[[torch.Tensor, torch.Tensor, Residual], torch.Tensor]
+RunTransformerBlock = Callable[[torch.Tensor, TransformerBlock, Text], torch.Tensor]
+
+
+@cache
+def compile_blocks() -> tuple[RunResidual, RunTransformerBlock]:
+    """Gives both functions compiled; one translation serves all blocks of a shape, all sizes and all later runs."""
+    import torch._dynamo
+
+    # Kinds of blocks by width: twelve of the residual ones in Kolors. More than a limit are left uncompiled.
+    for name in ("recompile_limit", "cache_size_limit"):
+        if hasattr(torch._dynamo.config, name):
+            setattr(torch._dynamo.config, name, max(64, getattr(torch._dynamo.config, name)))
+    torch.compiler.assume_constant_result(has_onednn)
+    return torch.compile(run_residual, dynamic=True), torch.compile(run_transformer_block, dynamic=True)
+
+
+@cache
+def can_compile(device_type: str) -> bool:
+    """Tries the compiler on a kind of device. Logs once what is missing, a C++ compiler or Triton, where it fails."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(4, device=device_type))
+    except (RuntimeError, ImportError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.warning("torch.compile does not work here, so nothing is compiled: %s", reason)
+        return False
+    return True
 
 
 def split_heads(rows: torch.Tensor, head_size: int) -> torch.Tensor:

@@ -22,8 +22,11 @@ from torch import nn
 from .blocks import (
     Layer,
     Residual,
+    RunTransformerBlock,
     Text,
     TransformerBlock,
+    can_compile,
+    compile_blocks,
     get_convolution,
     get_layer,
     get_residual,
@@ -178,6 +181,8 @@ def build_denoiser(
 class PlainDenoiser:
     """The UNet's own forward pass, for UNets that are put together in other ways."""
 
+    is_compiled = False
+
     def __init__(self, unet: UNet2DConditionModel, conditioning: Conditioning, timesteps: torch.Tensor):
         self.unet, self.conditioning, self.timesteps = unet, conditioning, timesteps.to(unet.device)
 
@@ -223,7 +228,11 @@ class Denoiser:
         self.unet, self.speed = unet, speed
         self.deep: torch.Tensor | None = None  # what the last stage took in when the deep ones last ran
         self.rows = conditioning.prompt_embeds.shape[0]
-        packs = shall_pack(unet, size)
+        self.is_compiled = speed.compile and can_compile(unet.device.type)
+        self.run_residual, self.run_block = (
+            compile_blocks() if self.is_compiled else (run_residual, run_transformer_block)
+        )
+        packs = not self.is_compiled and shall_pack(unet, size)
         # oneDNN's own convolutions are fastest on channels-last pictures, which the transformers then read as they lie.
         self.memory_format = torch.channels_last if packs else torch.contiguous_format
         rows, bias = collapse_rows(conditioning.prompt_embeds)
@@ -286,18 +295,18 @@ class Denoiser:
         enter(stage.module)
         for number, (module, residual) in enumerate(stage.residuals):
             enter(module)
-            hidden = run_residual(hidden, next(shifts), residual)
+            hidden = self.run_residual(hidden, next(shifts), residual)
             if stage.transformers:
-                hidden = run_transformer(hidden, stage.transformers[number])
+                hidden = run_transformer(hidden, stage.transformers[number], self.run_block)
             skips.append(hidden)
         return hidden
 
     def _run_mid(self, hidden: torch.Tensor, stage: Stage, shifts: Iterator[torch.Tensor]) -> torch.Tensor:
         for number, (module, residual) in enumerate(stage.residuals):
             if number:
-                hidden = run_transformer(hidden, stage.transformers[number - 1])
+                hidden = run_transformer(hidden, stage.transformers[number - 1], self.run_block)
             enter(module)
-            hidden = run_residual(hidden, next(shifts), residual)
+            hidden = self.run_residual(hidden, next(shifts), residual)
         return hidden
 
     def _run_up(
@@ -306,9 +315,9 @@ class Denoiser:
         enter(stage.module)
         for number, (module, residual) in enumerate(stage.residuals):
             enter(module)
-            hidden = run_residual(torch.cat([hidden, skips.pop()], dim=1), next(shifts), residual)
+            hidden = self.run_residual(torch.cat([hidden, skips.pop()], dim=1), next(shifts), residual)
             if stage.transformers:
-                hidden = run_transformer(hidden, stage.transformers[number])
+                hidden = run_transformer(hidden, stage.transformers[number], self.run_block)
         if stage.sampler:
             # To the size of what comes next, which on odd sizes is not twice this one.
             hidden = stage.sampler(F.interpolate(hidden, size=skips[-1].shape[2:], mode="nearest"))
@@ -383,7 +392,9 @@ def get_transformer(module: Any, rows: torch.Tensor, bias: torch.Tensor | None) 
     return Transformer(module, norm, proj_in, proj_out, tuple(blocks))
 
 
-def run_transformer(hidden_states: torch.Tensor, transformer: Transformer) -> torch.Tensor:
+def run_transformer(
+    hidden_states: torch.Tensor, transformer: Transformer, run_block: RunTransformerBlock
+) -> torch.Tensor:
     """Runs a ``Transformer2DModel`` over (B, C, h, w)."""
     enter(transformer.module)
     size = hidden_states.shape[2:]
@@ -391,7 +402,7 @@ def run_transformer(hidden_states: torch.Tensor, transformer: Transformer) -> to
     tokens = transformer.proj_in(tokens)
     for module, block, text in transformer.blocks:
         enter(module)
-        tokens = run_transformer_block(tokens, block, text)
+        tokens = run_block(tokens, block, text)
     return hidden_states + transformer.proj_out(tokens).unflatten(1, size).permute(0, 3, 1, 2)
 
 

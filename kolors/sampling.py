@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .checkpoint import OnProgress
 from .denoiser import build_denoiser
 from .options import EXACT, VAE_SCALE_FACTOR, SamplingOptions, SpeedOptions
 from .prompts import PromptEmbeds
@@ -176,6 +177,7 @@ def sample(
     noise_device: torch.device | str | None = None,
     on_step: OnStep | None = None,
     speed: SpeedOptions = EXACT,
+    on_progress: OnProgress | None = None,
 ) -> torch.Tensor:
     """Samples latents.
 
@@ -188,6 +190,7 @@ def sample(
         on_step: called after each step with the steps done (from 1), the steps in all and the latents; what it
             raises ends the run.
         speed: what may be left out or prepared; by default nothing that changes the result.
+        on_progress: called with a line of text before a step that may take minutes, as the first compiled one.
 
     Returns:
         (B, C, h, w) on the UNet's device, in its dtype, times the VAE's scaling factor.
@@ -223,6 +226,8 @@ def sample(
     guided = options.guidance_scale > 1.0
     conditioning = get_conditioning(embeds, unet, height=height, width=width, guided=guided)
     denoiser = build_denoiser(unet, conditioning, timesteps, size=shape[2:], speed=speed)
+    if denoiser.is_compiled and on_progress:
+        on_progress(0, options.num_steps_run, "Compiling the UNet's blocks: the first steps of a kind take minutes")
     last_guided = math.ceil(speed.guidance_until * len(timesteps)) if guided else 0
     step_options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for index, timestep in enumerate(timesteps):

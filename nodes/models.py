@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..kolors.options import EXACT, SpeedOptions
 from .host import Host, get_host
 
 if TYPE_CHECKING:
@@ -34,11 +35,13 @@ class KolorsModel:
         unet: the base.
         loras: each with its strength.
         offload: one of ``OFFLOADS`` of ``kolors/offload.py``.
+        speed: how sampling may be faster.
     """
 
     unet: UNet2DConditionModel
     loras: tuple[tuple[Lora, float], ...] = ()
     offload: str = "none"
+    speed: SpeedOptions = EXACT
 
     def with_lora(self, lora: Lora, strength: float) -> KolorsModel:
         """Gives a model with one more LoRA. At a strength of 0 it is this one."""

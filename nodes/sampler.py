@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..kolors.options import SCALING_FACTOR, VAE_SCALE_FACTOR, SamplingOptions
-from ..kolors.schedulers import SCHEDULERS
+from ..kolors.schedulers import NOISE_SCHEDULES, SCHEDULERS
 from .encode import from_socket
 from .host import get_host
 from .models import KolorsModel
@@ -49,6 +49,9 @@ class KolorsSampler:
                 "noise_device": (["gpu", "cpu"], {"default": "gpu", "advanced": True, "tooltip": "Where noise is "
                                  "drawn: on the device that samples, or on the CPU, where a seed gives the same on "
                                  "every machine."}),
+                "noise_schedule": (list(NOISE_SCHEDULES), {"default": DEFAULTS.noise_schedule, "advanced": True,
+                                   "tooltip": "Which noise belongs to a timestep: Kolors' 1100 steps, or SDXL's 1000, "
+                                              "which few-step LoRAs made for SDXL expect."}),
             },
         }  # fmt: skip
 
@@ -73,13 +76,14 @@ class KolorsSampler:
         latent: dict[str, torch.Tensor] | None = None,
         denoise_strength: float = DEFAULTS.strength,
         noise_device: str = "gpu",
+        noise_schedule: str = DEFAULTS.noise_schedule,
     ) -> tuple[dict[str, torch.Tensor]]:
         from ..kolors.sampling import sample
 
         host = get_host()
         options = SamplingOptions(
             num_inference_steps=steps, guidance_scale=cfg, scheduler=scheduler, strength=denoise_strength,
-            height=height, width=width, seed=seed,
+            height=height, width=width, seed=seed, noise_schedule=noise_schedule,
         )  # fmt: skip
         samples = None if latent is None else latent["samples"] * SCALING_FACTOR
         unet, embeds = kolors_model.patched_unet, from_socket(kolors_embeds)
@@ -88,6 +92,7 @@ class KolorsSampler:
             latents = sample(
                 unet, embeds, options, latents=samples,
                 noise_device="cpu" if noise_device == "cpu" else None, on_step=host.report_step,
+                speed=kolors_model.speed, on_progress=host.report_work,
             )  # fmt: skip
         return ({"samples": (latents.float() / SCALING_FACTOR).to(host.get_intermediate_device())},)
 
