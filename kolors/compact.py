@@ -199,12 +199,15 @@ def to_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Source: agrees with bitsandbytes' NF4 without double quantisation.
     """
-    flat = weight.flatten()
-    absmax = F.pad(flat.float(), (0, -flat.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK).abs().amax(1)
-    factor = absmax.clamp_min(torch.finfo(torch.float32).tiny).repeat_interleave(NF4_BLOCK)[: flat.numel()]
+    size = weight.numel()
+    blocks = F.pad(weight.flatten().float(), (0, -size % NF4_BLOCK)).view(-1, NF4_BLOCK)
+    absmax = blocks.abs().amax(1)
+    blocks = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
     values = torch.tensor(NF4_VALUES, device=weight.device)
-    codes = torch.bucketize(flat / factor, (values[1:] + values[:-1]) / 2)
-    codes = codes.to(torch.uint8).view(-1, 2)
+    codes = torch.zeros(blocks.shape, dtype=torch.uint8, device=weight.device)
+    for border in (values[1:] + values[:-1]) / 2:  # counting those below is faster than torch's search
+        codes += blocks > border
+    codes = codes.flatten()[:size].view(-1, 2)
     return codes[:, 0] * 16 + codes[:, 1], absmax
 
 
