@@ -203,13 +203,18 @@ def compile_blocks() -> tuple[RunResidual, RunTransformerBlock]:
     for name in ("recompile_limit", "cache_size_limit"):
         if hasattr(torch._dynamo.config, name):
             setattr(torch._dynamo.config, name, max(64, getattr(torch._dynamo.config, name)))
-    torch.compiler.assume_constant_result(has_onednn)
     return torch.compile(run_residual, dynamic=True), torch.compile(run_transformer_block, dynamic=True)
 
 
 @cache
 def can_compile(device_type: str) -> bool:
-    """Tries the compiler on a kind of device. Logs once what is missing, a C++ compiler or Triton, where it fails."""
+    """Tries the compiler on a kind of device. Logs once what is missing, a C++ compiler or Triton, where it fails.
+
+    Not on a CPU with oneDNN: compiled blocks would call MKL for their products, which cost more than is saved.
+    """
+    if device_type == "cpu" and has_onednn():
+        logger.info("On this CPU nothing is compiled: the plain blocks' products are faster than the compiler's.")
+        return False
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(4, device=device_type))
     except (RuntimeError, ImportError, OSError) as error:
