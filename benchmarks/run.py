@@ -23,7 +23,7 @@ from machine import Machine, measure_machine  # noqa: E402
 from pairs import Case, Row, measure  # noqa: E402
 
 # Modules of this folder with get_cases(quick=...) -> list[Case], in the order of the table.
-# Training first: the memory of its processes is told too high once this one is large.
+# Training before the large models: the memory of its processes is told too high once this one is large.
 THEMES = ("training", "graphics_card", "sampling", "text_encoding", "decoding", "loras", "loading", "starting")
 QUICK_SECONDS = 85.0  # after these no further row is begun, and none repeated
 

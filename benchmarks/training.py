@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from pairs import Case, Row
 from train_lora import Work, compare_speed
 
@@ -13,7 +15,8 @@ TOLERANCE = 1e-3
 def get_cases(*, quick: bool) -> list[Case]:
     """Lists the rows; a quick one takes small pictures, where what is encoded anew weighs more."""
     if quick:
-        return [Case(name="training 128", build=lambda: build_row("training 128", Work(side=128, steps=3), 1))]
+        build = partial(build_row, "training 128", Work(side=128, steps=3), 1)
+        return [Case(name="training 128", build=build, is_long=True)]
     return [Case(name="training 256", build=lambda: build_row("training 256", Work(side=256, steps=5), 3))]
 
 
