@@ -102,7 +102,9 @@ def test_missing_and_unknown_tensors_are_shown(saved):
     folder, weights = saved
     weights["conv_extra.weight"] = weights.pop("mid_block.resnets.0.conv1.weight")
     save_file(weights, folder / "diffusion_pytorch_model.fp16.safetensors")
-    with pytest.raises(CheckpointError, match=r"missing \(mid_block.resnets.0.conv1.weight\), 1 are unknown \(conv_extra.weight\)"):
+    with pytest.raises(
+        CheckpointError, match=r"missing \(mid_block.resnets.0.conv1.weight\), 1 are unknown \(conv_extra.weight\)"
+    ):
         load_unet(folder, precision="fp16", device="cuda")
 
 
