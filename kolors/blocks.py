@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .products import has_onednn, linear
+from .products import convolve_onednn, has_onednn, linear
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class PackedConvolution(NamedTuple):
     padding: tuple[int, int]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.mkldnn_convolution(images, self.weight, self.bias, self.padding, self.stride, (1, 1), 1)
+        return convolve_onednn(images, self.weight, self.bias, self.stride, self.padding)
 
 
 class LayerNormWeights(NamedTuple):

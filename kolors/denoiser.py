@@ -246,6 +246,7 @@ class Denoiser:
         self.norm_out, self.conv_out = get_layer(unet.conv_norm_out), get_convolution(unet.conv_out, up_sizes[-1])
         self._embed_time(conditioning, timesteps)
 
+    @torch.inference_mode()  # a thousand small operations each save what autograd would note down
     def __call__(self, latents: torch.Tensor, index: int) -> torch.Tensor:
         """Predicts the noise.
 

@@ -21,20 +21,37 @@ SMALL_PRODUCT = 2**21
 
 @cache
 def has_onednn() -> bool:
-    """Whether oneDNN's product is there and right. torch lists the operator under no public name, so it is tried."""
+    """Whether oneDNN's operators are there and right. torch lists them under no public name, so they are tried."""
     if not torch.backends.mkldnn.is_available() or "AVX" not in torch.backends.cpu.get_cpu_capability():
         return False
     rows, weight, bias = torch.linspace(-1, 1, 48).view(2, 3, 8), torch.linspace(-2, 1, 40).view(5, 8), torch.ones(5)
+    pictures, kernels = rows.view(2, 2, 3, 4), torch.linspace(-2, 1, 90).view(5, 2, 3, 3)
     try:
         product = call_onednn(rows, weight, bias)
-    except (AttributeError, RuntimeError, TypeError):  # another torch: the operator is missing or takes other inputs
+        convolved = convolve_onednn(pictures, kernels, bias, (1, 1), (1, 1))
+    except (AttributeError, RuntimeError, TypeError):  # another torch: an operator is missing or takes other inputs
         return False
-    return torch.allclose(product, F.linear(rows, weight, bias), atol=1e-5)
+    is_right = torch.allclose(product, F.linear(rows, weight, bias), atol=1e-5)
+    return is_right and torch.allclose(convolved, F.conv2d(pictures, kernels, bias, padding=1), atol=1e-5)
 
 
 def call_onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Gives rows (..., K) times weight (N, K) transposed, plus bias: (..., N)."""
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def convolve_onednn(
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+) -> torch.Tensor:
+    """Convolves images (B, K, H, W) with kernels (N, K, h, w), packed or not: (B, N, H', W'), in the images' layout.
+
+    ``torch.mkldnn_convolution`` does the same but gives plain images for channels-last ones.
+    """
+    return torch.ops.mkldnn._convolution_pointwise(images, weight, bias, padding, stride, (1, 1), 1, "none", [], "")
 
 
 class OneDNNLinear(torch.autograd.Function):
