@@ -123,6 +123,24 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def read_config(path: Path, default: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Reads the config.json of a model's folder, or the one beside a single file.
+
+    Args:
+        path: the folder or the file.
+        default: for a file with none beside it, or with another model's, as in a folder of many models' files.
+        key: entry whose value in ``default`` marks the configurations of this model.
+
+    Raises:
+        CheckpointError: a folder has none, or it is unreadable.
+    """
+    if path.is_dir():
+        return read_json(path / "config.json")
+    beside = path.with_name("config.json")
+    config = read_json(beside) if beside.is_file() else {}
+    return config if config.get(key) == default[key] else default
+
+
 def iterate_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields names and memory-mapped tensors, file by file; nothing is read before a tensor is used.
 

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
-from .checkpoint import CheckpointError, TensorInfo, find_weight_files, read_headers
+from .checkpoint import CheckpointError, TensorInfo, find_weight_files, read_config, read_headers
 from .identify import FileKind, check_part, classify
 from .unet_names import rename_tensors
 
@@ -98,9 +98,9 @@ def find_missing_tensors(path: Path, part: str, tensors: Mapping[str, TensorInfo
 
 
 def _list_unet(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    from .unet import build_unet, read_config
+    from .unet import KOLORS_UNET_CONFIG, build_unet
 
-    unet = build_unet(read_config(path), device="meta")
+    unet = build_unet(read_config(path, KOLORS_UNET_CONFIG, "encoder_hid_dim_type"), device="meta")
     there = {name for name, _ in rename_tensors(tensors.items(), unet)}
     return [name for name in unet.state_dict() if name not in there]
 
@@ -117,9 +117,9 @@ def _list_text_encoder(path: Path, tensors: Mapping[str, TensorInfo]) -> list[st
 
 
 def _list_vae(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    from .vae import build_autoencoder, get_ldm_names, read_config
+    from .vae import SDXL_VAE_CONFIG, build_autoencoder, get_ldm_names
 
-    vae = build_autoencoder(read_config(path), device="meta")
+    vae = build_autoencoder(read_config(path, SDXL_VAE_CONFIG, "_class_name"), device="meta")
     names = {**{name: name for name in vae.state_dict()}, **get_ldm_names(vae)}
     there = {names.get(name.removeprefix("first_stage_model.").removeprefix("vae.")) for name in tensors}
     return [name for name in vae.state_dict() if name not in there]

@@ -17,7 +17,7 @@ from .checkpoint import (
     find_weight_files,
     iterate_tensors,
     load_weights_,
-    read_json,
+    read_config,
 )
 from .compact import CompactLayer, Float8Conv2d, Float8Linear, NF4Linear
 from .identify import check_part
@@ -60,20 +60,6 @@ def build_unet(
         return UNet2DConditionModel.from_config(dict(config)).eval()
 
 
-def read_config(path: Path) -> Mapping[str, Any]:
-    """Reads the config.json in a UNet's folder. Beside a single file one may lie; else the file is of full size.
-
-    Raises:
-        CheckpointError: a folder has none, or it is unreadable.
-    """
-    if path.is_dir():
-        return read_json(path / "config.json")
-    beside = path.with_name("config.json")
-    config = read_json(beside) if beside.is_file() else {}
-    # In a folder with files of many models it may be another one's.
-    return config if config.get("encoder_hid_dim_type") == "text_proj" else KOLORS_UNET_CONFIG
-
-
 def load_unet(
     path: str | Path,
     *,
@@ -98,7 +84,7 @@ def load_unet(
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"UNet not found: {path}.")
-    config = read_config(path)
+    config = read_config(path, KOLORS_UNET_CONFIG, "encoder_hid_dim_type")
     check_part(path, "unet")
     tensors = iterate_tensors(find_weight_files(path) if path.is_dir() else [path])
     precision = replace_precision(precision, device)

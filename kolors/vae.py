@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .bands import decode_in_bands, encode_in_bands
-from .checkpoint import CheckpointError, find_weight_files, iterate_tensors, load_weights_, read_json
+from .checkpoint import CheckpointError, find_weight_files, iterate_tensors, load_weights_, read_config
 from .identify import check_part
 from .options import SCALING_FACTOR, VAE_SCALE_FACTOR
 from .vae_layers import streamline_
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Source: vae/config.json of Kwai-Kolors/Kolors, where it differs from the defaults of diffusers.
 SDXL_VAE_CONFIG: Mapping[str, Any] = MappingProxyType(
     {
+        "_class_name": "AutoencoderKL",
         "block_out_channels": (128, 256, 512, 512),
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -175,20 +176,6 @@ def build_autoencoder(
         return streamline_(AutoencoderKL.from_config(dict(config)))
 
 
-def read_config(path: Path) -> Mapping[str, Any]:
-    """Reads the config.json in a VAE's folder. Beside a single file one may lie; else it is taken for SDXL's.
-
-    Raises:
-        CheckpointError: a folder has none, or it is unreadable.
-    """
-    if path.is_dir():
-        return read_json(path / "config.json")
-    beside = path.with_name("config.json")
-    config = read_json(beside) if beside.is_file() else {}
-    # In a folder with files of many models it may be another one's.
-    return config if config.get("_class_name") == "AutoencoderKL" else SDXL_VAE_CONFIG
-
-
 def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> VAE:
     """Loads a VAE from a diffusers folder or from one file in the original (LDM) or in diffusers' naming.
 
@@ -203,7 +190,7 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
     path, device = Path(path), torch.device(device)
     if not path.exists():
         raise CheckpointError(f"VAE not found: {path}.")
-    config = read_config(path)
+    config = read_config(path, SDXL_VAE_CONFIG, "_class_name")
     check_part(path, "vae")
     tensors = dict(iterate_tensors(find_weight_files(path) if path.is_dir() else [path]))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
