@@ -344,7 +344,7 @@ def build_encoders(options: argparse.Namespace, device: torch.device) -> Encoder
         tokenizer=Tokenizer(tokenizer), text_precision=str(dtype),
         text_identity=get_identity(iterate_tensors(find_weight_files(text_path))),
         load_text_encoder=lambda: load_text_encoder(text_path, precision="fp16", device=device).to(device),
-        vae_identity=get_identity(iterate_tensors(find_weight_files(vae_path) if vae_path.is_dir() else [vae_path])),
+        vae_identity=get_identity(iterate_tensors(find_weight_files(vae_path))),
         load_vae=lambda: load_vae(vae_path, device=device).encode,
     )  # fmt: skip
 

@@ -55,32 +55,34 @@ class TensorInfo(NamedTuple):
     dtype: str
 
 
-def find_weight_files(folder: Path) -> list[Path]:
-    """Finds the weight files of one component (``unet``, ``text_encoder``, ``vae``) of a diffusers-layout model.
+def find_weight_files(path: Path) -> list[Path]:
+    """Finds the weight files of one component (``unet``, ``text_encoder``, ``vae``): a file is its own answer.
 
-    Reads single files (``diffusion_pytorch_model.fp16.safetensors``, …), shards listed in an
-    ``….index.json``, ChatGLM's ``pytorch_model-0000x-of-00007.bin``, and a file of another name that is the only
+    A folder has single files (``diffusion_pytorch_model.fp16.safetensors``, …), shards listed in an
+    ``….index.json``, ChatGLM's ``pytorch_model-0000x-of-00007.bin``, or a file of another name that is the only
     one, as people save it by hand.
 
     Raises:
         CheckpointError: there are no weights, or a shard that the index lists is missing.
     """
+    if path.is_file():
+        return [path]
     for suffix in ("safetensors", "bin"):
         for stem in _FILE_STEMS:
-            single = folder / f"{stem}.{suffix}"
+            single = path / f"{stem}.{suffix}"
             if single.is_file():
                 return [single]
-            index = _find_index(folder, stem, suffix)
+            index = _find_index(path, stem, suffix)
             if index:
                 return _read_index(index)
-        shards = sorted(folder.glob(f"*-of-*.{suffix}"))
+        shards = sorted(path.glob(f"*-of-*.{suffix}"))
         if shards:
             return _check_shards(shards)
     for suffix in ("safetensors", "bin"):
-        others = sorted(folder.glob(f"*.{suffix}"))
+        others = sorted(path.glob(f"*.{suffix}"))
         if len(others) == 1:
             return others
-    raise CheckpointError(f"No weights found in {folder}: expected a .safetensors file, or .bin shards.")
+    raise CheckpointError(f"No weights found in {path}: expected a .safetensors file, or .bin shards.")
 
 
 def _find_index(folder: Path, stem: str, suffix: str) -> Path | None:

@@ -96,7 +96,7 @@ def identify(path: Path) -> FileKind:
     """
     if not path.exists():
         raise CheckpointError(f"Nothing is at {path}.")
-    return classify(read_headers(find_weight_files(path) if path.is_dir() else [path]))
+    return classify(read_headers(find_weight_files(path)))
 
 
 def classify(tensors: Mapping[str, TensorInfo]) -> FileKind:

@@ -48,7 +48,7 @@ def inspect_part(path: Path, part: str) -> Finding:
         part: ``unet``, ``text_encoder`` or ``vae``.
     """
     try:
-        files = find_weight_files(path) if path.is_dir() else [path]
+        files = find_weight_files(path)
         tensors = read_headers(files)
     except CheckpointError as error:
         return Finding(path=path, part=part, problem=str(error))
@@ -71,7 +71,7 @@ def read_precision(path: Path) -> str:
     Raises:
         CheckpointError: nothing there, or damaged.
     """
-    tensors = read_headers(find_weight_files(path) if path.is_dir() else [path])
+    tensors = read_headers(find_weight_files(path))
     return get_precision(tensors, classify(tensors))
 
 

@@ -432,7 +432,7 @@ def find_text_encoder(path: str | Path) -> TextEncoderFiles:
     # Shards that lie among other files have no configuration of their own.
     if path.is_dir() and ((path / "config.json").is_file() or not any(path.glob("*-of-*"))):
         config = TextEncoderConfig.from_dict(read_json(path / "config.json"))
-    files = find_weight_files(path) if path.is_dir() else [path]
+    files = find_weight_files(path)
     headers = read_headers(files)
     shapes = {ours: info.shape for name, info in headers.items() if (ours := _get_name(name)) is not None}
     if "embedding.word_embeddings.weight" not in shapes:

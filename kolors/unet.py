@@ -86,7 +86,7 @@ def load_unet(
         raise CheckpointError(f"UNet not found: {path}.")
     config = read_config(path, KOLORS_UNET_CONFIG, "encoder_hid_dim_type")
     check_part(path, "unet")
-    tensors = iterate_tensors(find_weight_files(path) if path.is_dir() else [path])
+    tensors = iterate_tensors(find_weight_files(path))
     precision = replace_precision(precision, device)
     dtype = get_compute_dtype(precision, device)
     unet = build_unet(config, device="meta")

@@ -192,7 +192,7 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
         raise CheckpointError(f"VAE not found: {path}.")
     config = read_config(path, SDXL_VAE_CONFIG, "_class_name")
     check_part(path, "vae")
-    tensors = dict(iterate_tensors(find_weight_files(path) if path.is_dir() else [path]))
+    tensors = dict(iterate_tensors(find_weight_files(path)))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     return VAE(_load_autoencoder(config, tensors, source=path), device, dtype=dtype)
 
