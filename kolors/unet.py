@@ -142,12 +142,3 @@ def _get_compact_class(name: str, module: nn.Module, precision: str) -> type[Com
 
 def _convert(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-
-
-def is_plain(unet: nn.Module) -> bool:
-    """Tells whether a UNet's layers are torch's own, with all weights on one device.
-
-    Where they are not, weights must be used through the layers' forward passes alone: they are stored compactly, or
-    come to the device block by block.
-    """
-    return not any(isinstance(module, CompactLayer) or hasattr(module, "_diffusers_hook") for module in unet.modules())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from kolors_nodes.kolors.compact import CompactLayer
 from kolors_nodes.kolors.unet import KOLORS_UNET_CONFIG
 
 TEXT_WIDTH = 32
@@ -31,3 +32,12 @@ def seed_weights_(module: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Modu
         values = torch.randn(parameter.shape, generator=generator) * std
         parameter.data.copy_(values + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
     return module
+
+
+def is_plain(unet: nn.Module) -> bool:
+    """Tells whether a UNet's layers are torch's own, with all weights on one device.
+
+    Where they are not, weights must be used through the layers' forward passes alone: they are stored compactly, or
+    come to the device block by block.
+    """
+    return not any(isinstance(module, CompactLayer) or hasattr(module, "_diffusers_hook") for module in unet.modules())

@@ -22,9 +22,9 @@ from kolors_nodes.kolors.compact import (
     to_float8,
     to_nf4,
 )
-from kolors_nodes.kolors.unet import build_unet, compact_, is_plain, load_unet
+from kolors_nodes.kolors.unet import build_unet, compact_, load_unet
 
-from .conftest import TEXT_WIDTH, TINY_UNET, seed_weights_
+from ..tiny_models import TEXT_WIDTH, TINY_UNET, is_plain, seed_weights_
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

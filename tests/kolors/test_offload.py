@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from kolors_nodes.kolors.offload import get_device_bytes, is_streamed, place, stream_weights
-from kolors_nodes.kolors.unet import build_unet, compact_, is_plain
+from kolors_nodes.kolors.unet import build_unet, compact_
 from kolors_nodes.nodes.host import stop_between_blocks
 
+from ..tiny_models import is_plain
 from .test_compact import run
 
 hooks = pytest.importorskip("diffusers.hooks.group_offloading", reason="offloading needs diffusers 0.33 or newer")
