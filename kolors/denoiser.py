@@ -294,11 +294,8 @@ class Denoiser:
         self, hidden: torch.Tensor, stage: Stage, shifts: Iterator[torch.Tensor], skips: list[torch.Tensor]
     ) -> torch.Tensor:
         enter(stage.module)
-        for number, (module, residual) in enumerate(stage.residuals):
-            enter(module)
-            hidden = self.run_residual(hidden, next(shifts), residual)
-            if stage.transformers:
-                hidden = run_transformer(hidden, stage.transformers[number], self.run_block)
+        for number in range(len(stage.residuals)):
+            hidden = self._run_layer(hidden, stage, number, shifts)
             skips.append(hidden)
         return hidden
 
@@ -314,15 +311,21 @@ class Denoiser:
         self, hidden: torch.Tensor, stage: Stage, shifts: Iterator[torch.Tensor], skips: list[torch.Tensor]
     ) -> torch.Tensor:
         enter(stage.module)
-        for number, (module, residual) in enumerate(stage.residuals):
-            enter(module)
-            hidden = self.run_residual(torch.cat([hidden, skips.pop()], dim=1), next(shifts), residual)
-            if stage.transformers:
-                hidden = run_transformer(hidden, stage.transformers[number], self.run_block)
+        for number in range(len(stage.residuals)):
+            hidden = self._run_layer(torch.cat([hidden, skips.pop()], dim=1), stage, number, shifts)
         if stage.sampler:
             # To the size of what comes next, which on odd sizes is not twice this one.
             hidden = stage.sampler(F.interpolate(hidden, size=skips[-1].shape[2:], mode="nearest"))
         return hidden
+
+    def _run_layer(
+        self, hidden: torch.Tensor, stage: Stage, number: int, shifts: Iterator[torch.Tensor]
+    ) -> torch.Tensor:
+        """Runs a residual block and the transformer after it, if there is one."""
+        module, residual = stage.residuals[number]
+        enter(module)
+        hidden = self.run_residual(hidden, next(shifts), residual)
+        return run_transformer(hidden, stage.transformers[number], self.run_block) if stage.transformers else hidden
 
     def _embed_time(self, conditioning: Conditioning, timesteps: torch.Tensor) -> None:
         """Computes the embeddings (N, G B, E) of all evaluations' timesteps and of the sizes, up to each block's own
