@@ -31,7 +31,6 @@ _OTHER_FOLDERS = ("checkpoints",)
 # What is computed beside the weights, in bytes, measured or estimated: half precision, one picture of 1024x1024 with
 # guidance; the text encoder's rows and the one layer that is dequantised at a time.
 _WORK = {"unet": 1_000_000_000, "text_encoder": 400_000_000}
-_SHARD = re.compile(r"-(\d{5})-of-\d{5}\.")
 
 
 @dataclass
@@ -212,7 +211,7 @@ def _find_missing_files(folder: Path, part: str) -> list[str]:
 
 def _examine_single_files(report: Report, host: HeadlessHost) -> None:
     from ..kolors.checkpoint import CheckpointError
-    from ..kolors.identify import PART_KINDS, identify
+    from ..kolors.identify import PART_KINDS, describe_home, identify
     from ..kolors.inventory import Finding, inspect_part
 
     folders = {finding.path for finding in report.findings}
@@ -228,30 +227,28 @@ def _examine_single_files(report: Report, host: HeadlessHost) -> None:
                 continue
             if part and kind in PART_KINDS[part]:
                 report.findings.append(inspect_part(path, part))
-            elif _is_misplaced(kind, folder_kind):
-                from ..kolors.identify import describe_home
-
+            elif _is_misplaced(kind):
                 report.misplaced[str(path)] = f"{kind.value}; it {describe_home(kind)}"
 
 
 def _iterate_files(host: HeadlessHost, folder_kind: str) -> Iterator[Path]:
     """Yields the weight files of a folder kind; of shards the folder. Pickles only where Kolors' are published so."""
+    from ..nodes.loaders import get_shard_number
+
     for name in host.list_files(folder_kind):
         suffixes = MODEL_SUFFIXES if folder_kind == "LLM" else {".safetensors", ".sft"}
         if Path(name).suffix.lower() in suffixes:
             path = host.resolve_file(folder_kind, name)
-            shard = _SHARD.search(path.name)
-            if shard is None or int(shard[1]) == 1:
+            shard = get_shard_number(path.name)  # 0: a file of its own
+            if shard <= 1:
                 yield path.parent if shard else path
 
 
-def _is_misplaced(kind: FileKind, folder_kind: str) -> bool:
-    """Tells whether a file is Kolors', or a VAE, in a folder where no loader looks for it."""
+def _is_misplaced(kind: FileKind) -> bool:
+    """Tells whether a file that is none of its folder's is Kolors', or a VAE."""
     from ..kolors.identify import TEXT_ENCODERS, FileKind
 
-    if kind is FileKind.VAE:
-        return True
-    return kind in TEXT_ENCODERS or "KOLORS" in kind.name
+    return kind is FileKind.VAE or kind in TEXT_ENCODERS or "KOLORS" in kind.name
 
 
 def _examine_tokenizer(report: Report, host: HeadlessHost) -> None:
