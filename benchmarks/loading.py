@@ -23,7 +23,7 @@ from trial_models import MID_SIZE_UNET, build_random_unet
 from kolors_nodes.kolors.text_encoder import load_text_encoder
 from kolors_nodes.kolors.unet import load_unet
 
-PAGE = 4096  # bytes
+PAGE = 2048  # numbers in half precision; what is wider is in memory already
 # A quarter of the mid-size model's channels is enough to see what loading costs.
 SMALL_UNET = {**MID_SIZE_UNET, "block_out_channels": (64, 128, 256), "cross_attention_dim": 1024}
 
@@ -92,7 +92,7 @@ def get_unet_loaders(folder: Path) -> tuple[Callable[[], nn.Module], Callable[[]
     from diffusers import UNet2DConditionModel
 
     return (
-        lambda: load_unet(folder, precision="fp16", device="cuda"),  # the weights stay on the CPU
+        lambda: load_unet(folder, precision="fp16", device="cuda", on_progress=do_nothing),  # stays on the CPU
         lambda: UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16, variant="fp16"),
     )
 
@@ -102,18 +102,20 @@ def get_text_encoder_loaders(folder: Path) -> tuple[Callable[[], nn.Module], Cal
     from diffusers.pipelines.kolors import ChatGLMModel
 
     return (
-        lambda: load_text_encoder(folder, precision="fp16"),
+        lambda: load_text_encoder(folder, precision="fp16", on_progress=do_nothing),
         lambda: ChatGLMModel.from_pretrained(folder, torch_dtype=torch.float16),
     )
+
+
+def do_nothing(done: int, total: int, text: str) -> None:
+    """Stands in for a progress bar."""
 
 
 def read_pages(module: nn.Module) -> Outputs:
     """Reads one number of every page of every weight, in the order of the names."""
     weights = dict(module.named_parameters())
     weights.pop("output_layer.weight", None)  # the language model's head, which nothing here reads
-    return [
-        weights[name].detach().flatten()[:: PAGE // weights[name].element_size()].clone() for name in sorted(weights)
-    ]
+    return [weights[name].detach().flatten()[::PAGE].clone() for name in sorted(weights)]
 
 
 def evict(files: list[Path]) -> None:

@@ -27,6 +27,7 @@ from .checkpoint import (
     load_weights_,
     read_headers,
     read_json,
+    read_pages,
 )
 from .precision import TEXT_PRECISIONS, get_dtype
 from .quantised import CHATGLM_QUANTISATIONS, QUANTISATIONS, Linear, Quantisation, QuantisedLinear, quantise
@@ -512,7 +513,7 @@ def _convert(
         owner, _, part = name.rpartition(".")
         module = modules[owner]
         if isinstance(module, QuantisedLinear) and part == "weight" and tensor.is_floating_point():
-            for stored, value in quantise(tensor.to(device), module.quantisation).items():
+            for stored, value in quantise(read_pages(tensor).to(device), module.quantisation).items():
                 yield f"{owner}.{stored}", value
         elif isinstance(module, QuantisedLinear) and part != "bias":
             yield name, tensor
@@ -521,7 +522,7 @@ def _convert(
         ):
             yield name, tensor
         else:
-            yield name, tensor.to(dtype)
+            yield name, read_pages(tensor).to(dtype)
 
 
 def find_tokenizer(folder: str | Path) -> Path:

@@ -18,6 +18,7 @@ from .checkpoint import (
     iterate_tensors,
     load_weights_,
     read_config,
+    read_pages,
 )
 from .compact import CompactLayer, Float8Conv2d, Float8Linear, NF4Linear
 from .identify import check_part
@@ -120,6 +121,7 @@ def compact_(
         if not isinstance(module, CompactLayer) and (layer_class := _get_compact_class(name, module, precision)):
             parent, _, attribute = name.rpartition(".")
             done += sum(parameter.nbytes for parameter in module.parameters())
+            read_pages(module.weight)
             module.bias = None if module.bias is None else _convert(module.bias, dtype)
             setattr(unet.get_submodule(parent), attribute, layer_class(module))
         else:
