@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+SQUARES_AT_ONCE = 2**16  # numbers; 256 KB in float32
+
 
 def fold_kernel(weight: torch.Tensor) -> torch.Tensor:
     """Makes four 2x2 kernels of a 3x3 one that follows nearest-neighbour doubling.
@@ -82,6 +84,43 @@ def silu_(hidden_states: torch.Tensor) -> torch.Tensor:
     return F.silu(hidden_states, inplace=not torch.is_grad_enabled())
 
 
+class GroupNorm(nn.GroupNorm):
+    """Stands in for torch's group norm on large pictures.
+
+    torch's kernel for channels-last pictures on a CPU adds up each group in float32, number after number: of 256
+    channels at 512x512 the result is off by 8e-5, a hundred times what rounding explains (measured). Here rows of the
+    picture are added up, and the rows' sums in float64.
+    """
+
+    def __init__(self, norm: nn.GroupNorm):
+        super().__init__(norm.num_groups, norm.num_channels, eps=norm.eps, device="meta")
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalises (B, C, h, w)."""
+        is_alone = hidden_states.dim() == 4 and hidden_states.shape[0] == 1 and hidden_states.device.type == "cpu"
+        if not is_alone or hidden_states.is_contiguous() or torch.is_grad_enabled():
+            return super().forward(hidden_states)
+        mean, variance = (
+            part.float().repeat_interleave(self.num_channels // self.num_groups)
+            for part in get_statistics(hidden_states, self.num_groups)
+        )
+        return F.batch_norm(hidden_states, mean, variance, self.weight, self.bias, eps=self.eps)
+
+
+def get_statistics(hidden_states: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gives mean and variance of each group of channels in one picture (1, C, h, w), both (groups,) in float64."""
+    rows = hidden_states[0].permute(1, 2, 0)  # (h, w, C)
+    # The squares of a few rows at a time, which stay in the processor's cache.
+    parts = rows.split(max(1, SQUARES_AT_ONCE // rows[0].numel()))
+    squares = torch.cat([part.square().sum(1) for part in parts])  # (h, C)
+    mean, square = (
+        part.double().sum(0).view(groups, -1).sum(1) / (hidden_states.numel() // groups)
+        for part in (rows.sum(1), squares)
+    )
+    return mean, (square - mean.square()).clamp_min(0)
+
+
 class LastActivation(nn.Module):
     """Stands in for the SiLU between the last norm and the last convolution."""
 
@@ -110,7 +149,7 @@ class Residual(nn.Module):
 
 
 def streamline_(module: nn.Module) -> nn.Module:
-    """Replaces every ``Upsample2D`` and ``ResnetBlock2D`` of a diffusers model that does what these layers do.
+    """Replaces the ``Upsample2D``, ``ResnetBlock2D`` and group norms of a diffusers model that do what these layers do.
 
     Returns:
         The module itself; its parameters keep their names.
@@ -118,12 +157,15 @@ def streamline_(module: nn.Module) -> nn.Module:
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.upsampling import Upsample2D
 
-    for parent in list(module.modules()):
+    # From the inside: a block that is replaced takes its layers along.
+    for parent in reversed(list(module.modules())):
         for name, child in parent.named_children():
             if isinstance(child, Upsample2D) and _is_plain_upsample(child):
                 setattr(parent, name, FoldedUpsample(child.conv))
             elif isinstance(child, ResnetBlock2D) and _is_plain_residual(child):
                 setattr(parent, name, Residual(child))
+            elif type(child) is nn.GroupNorm:
+                setattr(parent, name, GroupNorm(child))
             elif name == "conv_act" and isinstance(child, nn.SiLU):
                 setattr(parent, name, LastActivation())
     return module
