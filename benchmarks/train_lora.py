@@ -1,6 +1,6 @@
 """Measures LoRA training: speed and memory against a plain loop, kills in every phase, two processes.
 
-    python benchmarks/train_lora.py speed       # a mid-size random model, 2 minutes; --side 512: larger pictures
+    python benchmarks/train_lora.py speed       # a mid-size random model, 2 minutes; --model mid: a wider one
     python benchmarks/train_lora.py kills       # kills of runs on the bundled model, then compares the files
     python benchmarks/train_lora.py processes   # two processes under accelerate launch against one
 
@@ -33,17 +33,34 @@ from pathlib import Path
 DEMO = Path(__file__).parents[1] / "demo"
 WARM_UP = 2
 
-# Kolors' parts, each at a quarter of its width, so a sixteenth of its weights: 390 M : 161 M for 6.24 B : 2.58 B.
-TEXT_ENCODER = {
-    "padded_vocab_size": 16256, "hidden_size": 1024, "ffn_hidden_size": 3424, "kv_channels": 128,
-    "num_attention_heads": 8, "num_layers": 28,
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of the three models, where they differ from Kolors'."""
+
+    text_encoder: dict
+    unet: dict
+    vae_widths: tuple[int, ...]
+
+
+SIZES = {
+    # Every part at a quarter of its width, so a sixteenth of its weights: 390 M : 161 M for 6.24 B : 2.58 B.
+    "quarter": Sizes(
+        text_encoder={"padded_vocab_size": 16256, "hidden_size": 1024, "ffn_hidden_size": 3424,
+                      "num_attention_heads": 8},
+        unet={"block_out_channels": (80, 160, 320), "attention_head_dim": (1, 2, 5), "norm_num_groups": 16,
+              "cross_attention_dim": 512, "encoder_hid_dim": 1024, "addition_time_embed_dim": 64,
+              "projection_class_embeddings_input_dim": 6 * 64 + 1024},
+        vae_widths=(32, 64, 128, 128),
+    ),
+    # The mid-size UNet of the sampling rows, half the channels and the true text width; of the text encoder a quarter
+    # of the blocks, so that both have about a quarter of Kolors' arithmetic.
+    "mid": Sizes(
+        text_encoder={"padded_vocab_size": 16256, "num_layers": 7},
+        unet={"block_out_channels": (160, 320, 640)},
+        vae_widths=(64, 128, 256, 256),
+    ),
 }  # fmt: skip
-UNET = {
-    "block_out_channels": (80, 160, 320), "attention_head_dim": (1, 2, 5), "norm_num_groups": 16,
-    "cross_attention_dim": 512, "encoder_hid_dim": 1024, "addition_time_embed_dim": 64,
-    "projection_class_embeddings_input_dim": 6 * 64 + 1024,
-}  # fmt: skip
-VAE_WIDTHS = (32, 64, 128, 128)
 
 
 # ---- speed ----
@@ -54,11 +71,13 @@ class Work:
     """What both loops do.
 
     Attributes:
+        model: a name of ``SIZES``.
         side: of the pictures, in pixels.
         steps: that are timed, after the warm-up.
         gradient_checkpointing: in both loops; off in DiffSynth's script unless asked for, as its tutorial does.
     """
 
+    model: str = "quarter"
     side: int = 256
     steps: int = 5
     gradient_checkpointing: bool = False
@@ -81,23 +100,23 @@ class Run:
     peak: float
 
 
-def build_text_encoder():
+def build_text_encoder(work: Work):
     import torch
 
     from kolors_nodes.kolors.text_encoder import TextEncoderConfig, build_text_encoder
 
     torch.manual_seed(1)
-    return build_text_encoder(TextEncoderConfig(**TEXT_ENCODER)).requires_grad_(False)
+    return build_text_encoder(TextEncoderConfig(**SIZES[work.model].text_encoder)).requires_grad_(False)
 
 
-def build_vae():
+def build_vae(work: Work):
     import torch
     from diffusers import AutoencoderKL
 
     from kolors_nodes.kolors.vae import SDXL_VAE_CONFIG, VAE
 
     torch.manual_seed(2)
-    autoencoder = AutoencoderKL.from_config({**SDXL_VAE_CONFIG, "block_out_channels": VAE_WIDTHS})
+    autoencoder = AutoencoderKL.from_config({**SDXL_VAE_CONFIG, "block_out_channels": SIZES[work.model].vae_widths})
     return VAE(autoencoder.eval().requires_grad_(False))
 
 
@@ -107,7 +126,8 @@ def build_unet(work: Work):
     from kolors_nodes.kolors.unet import KOLORS_UNET_CONFIG, build_unet
 
     torch.manual_seed(3)
-    return build_unet({**KOLORS_UNET_CONFIG, **UNET, "sample_size": work.side // 8}).requires_grad_(False)
+    sizes = SIZES[work.model].unet
+    return build_unet({**KOLORS_UNET_CONFIG, **sizes, "sample_size": work.side // 8}).requires_grad_(False)
 
 
 def get_options(work: Work):
@@ -142,7 +162,7 @@ def encode(work: Work, folder: Path, load_text_encoder, load_vae):
 def run_cache(work: Work, folder: Path) -> Run:
     """Fills the cache."""
     started = time.perf_counter()
-    encode(work, folder, build_text_encoder, lambda: build_vae().encode)
+    encode(work, folder, lambda: build_text_encoder(work), lambda: build_vae(work).encode)
     return Run(step=time.perf_counter() - started, parts={}, losses=[], peak=get_peak())
 
 
@@ -185,8 +205,8 @@ def run_plain(work: Work, folder: Path) -> Run:
     from kolors_nodes.lora.order import get_seed
 
     text_encoder, vae, unet, dataset = (
-        build_diffusers_text_encoder(),
-        build_vae(),
+        build_diffusers_text_encoder(work),
+        build_vae(work),
         build_unet(work),
         read_pictures(work),
     )
@@ -250,15 +270,20 @@ def list_draws(dataset, options):
         yield draw, alphas_cumprod[draw.timestep], dataset.pictures[index]
 
 
-def build_diffusers_text_encoder():
+def build_diffusers_text_encoder(work: Work):
     """Makes the same encoder as diffusers' class, which computes all 256 rows as DiffSynth does."""
+    import torch
     from diffusers.pipelines.kolors import ChatGLMModel
 
-    settings = dict(TEXT_ENCODER, multi_query_attention=True, multi_query_group_num=2, add_qkv_bias=True,
-                    rmsnorm=True, original_rope=True, add_bias_linear=False, seq_length=256)  # fmt: skip
-    settings |= {"bias_dropout_fusion": True, "torch_dtype": "float32", "empty_init": False}
-    encoder = ChatGLMModel(ChatGLMModel.config_class(**settings)).float().eval().requires_grad_(False)
-    missing = encoder.load_state_dict(build_text_encoder().state_dict(), strict=False, assign=True).missing_keys
+    settings = {
+        "multi_query_attention": True, "multi_query_group_num": 2, "add_qkv_bias": True, "rmsnorm": True,
+        "original_rope": True, "add_bias_linear": False, "seq_length": 256, "bias_dropout_fusion": True,
+        "torch_dtype": "float32", "empty_init": False, **SIZES[work.model].text_encoder,
+    }  # fmt: skip
+    with torch.device("meta"):
+        encoder = ChatGLMModel(ChatGLMModel.config_class(**settings)).eval()
+    encoder.requires_grad_(False)
+    missing = encoder.load_state_dict(build_text_encoder(work).state_dict(), strict=False, assign=True).missing_keys
     assert all("output_layer" in name or "inv_freq" in name for name in missing), missing
     del encoder.output_layer  # of no use here; DiffSynth keeps it in memory
     return encoder
@@ -305,16 +330,16 @@ def compare_speed(work: Work = Work(), pairs: int = 2) -> dict:  # noqa: B008
         "spread": max(ratios) - min(ratios), "max_relative_difference": max(losses),
         "parts": {part: statistics.median(run.parts[part] for run in plain) for part in plain[0].parts},
         "peaks": {kind: max(run.peak for run in runs) for kind, runs in found.items()},
-        "text_encoder": count_text_encoder() * 4 / 2**20,
+        "text_encoder": count_text_encoder(work) * 4 / 2**20,
     }  # fmt: skip
 
 
-def count_text_encoder() -> int:
+def count_text_encoder(work: Work) -> int:
     """Counts the text encoder's parameters."""
     import torch
 
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_text_encoder().parameters())
+        return sum(parameter.numel() for parameter in build_text_encoder(work).parameters())
 
 
 def measure_speed(work: Work, pairs: int) -> None:
@@ -322,7 +347,8 @@ def measure_speed(work: Work, pairs: int) -> None:
     row = compare_speed(work, pairs)
     parts, peaks, ours, peer = row["parts"], row["peaks"], row["ours_s"], row["peer_s"]
     checkpointing = "with" if work.gradient_checkpointing else "without"
-    print(f"random model, {work.side}x{work.side} pixels, batch 1, float32, {checkpointing} gradient checkpointing")
+    print(f"random model ({work.model}), {work.side}x{work.side} pixels, batch 1, float32,", end=" ")
+    print(f"{checkpointing} gradient checkpointing")
     print(f"plain loop   {1 / peer:.3f} steps/s  peak {peaks['plain']:.0f} MiB")
     print(f"ours         {1 / ours:.3f} steps/s  peak {peaks['ours']:.0f} MiB (while caching {peaks['cache']:.0f} MiB)")
     less = f"{peaks['plain'] - peaks['ours']:.0f} MiB less memory (text encoder {row['text_encoder']:.0f} MiB)"
@@ -471,6 +497,7 @@ def measure_processes(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["speed", "kills", "processes"], default="speed")
+    parser.add_argument("--model", choices=SIZES, default=Work.model, help="how wide (default: %(default)s)")
     parser.add_argument("--side", type=int, default=Work.side, help="of the pictures (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=Work.steps, help="that are timed (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=2, help="of runs (default: %(default)s)")
@@ -481,7 +508,9 @@ def main() -> None:
         kind, folder, work = chosen.child
         run_child(kind, Path(folder), Work(**json.loads(work)))
     elif chosen.what == "speed":
-        work = Work(side=chosen.side, steps=chosen.steps, gradient_checkpointing=chosen.checkpointing)
+        work = Work(
+            model=chosen.model, side=chosen.side, steps=chosen.steps, gradient_checkpointing=chosen.checkpointing
+        )
         measure_speed(work, chosen.pairs)
     else:
         with tempfile.TemporaryDirectory() as folder:

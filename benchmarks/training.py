@@ -17,7 +17,8 @@ def get_cases(*, quick: bool) -> list[Case]:
     if quick:
         build = partial(build_row, "training 128", Work(side=128, steps=3), 1)
         return [Case(name="training 128", build=build, is_long=True)]
-    return [Case(name="training 256", build=lambda: build_row("training 256", Work(side=256, steps=5), 3))]
+    works = {"training 256": Work(side=256), "training mid 256": Work(model="mid", side=256)}
+    return [Case(name=name, build=partial(build_row, name, work, 2)) for name, work in works.items()]
 
 
 def build_row(name: str, work: Work, pairs: int) -> Row:
