@@ -12,7 +12,7 @@ from arithmetic import build_counter
 from pairs import Case, Outputs, Pair
 from trial_models import encode_with_bundled_model, get_bundled_unet, get_mid_size_unet, make_embeds
 
-from kolors_nodes.kolors.options import SamplingOptions, SpeedOptions
+from kolors_nodes.kolors.options import EXACT, SamplingOptions, SpeedOptions
 from kolors_nodes.kolors.prompts import PromptEmbeds
 from kolors_nodes.kolors.sampling import sample
 from kolors_nodes.kolors.schedulers import build_scheduler
@@ -24,7 +24,12 @@ SEED, GUIDANCE_SCALE = 7, 5.0
 # float32 on both sides, sums in another order; the limit is the promise of the project.
 TOLERANCE = 1e-4
 PROMPT_TOKENS = 24  # a sentence
-PLAIN_SPEED = SpeedOptions()
+# Approximate choices, beside our own plain steps. What they do to pictures, quality.py measures.
+CHOICES = {
+    "feature_reuse 2": SpeedOptions(feature_reuse=2),
+    "feature_reuse 3": SpeedOptions(feature_reuse=3),
+    "guidance_until 0.6": SpeedOptions(guidance_until=0.6),
+}
 # Runs (steps, and what to call after each step) and gives the latents.
 Run = Callable[[int, Callable[[], None]], Outputs]
 
@@ -43,6 +48,10 @@ def get_cases(*, quick: bool) -> list[Case]:
         make_case("sampling mid 512", 512, large_steps),
         make_case("sampling full prompt 256", 256, steps, num_tokens=256),
     ]
+    cases += [
+        Case(name=f"choice mid 256 {name}", build=partial(build_choice_pair, 256, steps, speed), pairs=2, is_long=True)
+        for name, speed in CHOICES.items()
+    ]
     return cases[:3] if quick else cases
 
 
@@ -55,6 +64,20 @@ def build_bundled_pair(steps: int) -> Pair:
 def build_mid_size_pair(side: int, steps: int, num_tokens: int) -> Pair:
     """Pairs both on the random mid-size model."""
     return build_pair(get_mid_size_unet(), make_embeds(4096, num_tokens), side=side, steps=steps)
+
+
+def build_choice_pair(side: int, steps: int, speed: SpeedOptions) -> Pair:
+    """Pairs an approximate choice with the plain steps, on the random mid-size model."""
+    unet, embeds = get_mid_size_unet(), make_embeds(4096, PROMPT_TOKENS)
+    ours, plain = get_our_run(unet, embeds, side=side, speed=speed), get_our_run(unet, embeds, side=side)
+    ours(2, _do_nothing)
+    return Pair(
+        ours=lambda: ours(steps, _do_nothing),
+        peer=lambda: plain(steps, _do_nothing),
+        peer_name="our plain steps",
+        tolerance=10.0,  # another picture, by intention; even its negative differs by 2
+        note=f"{steps} steps, cfg {GUIDANCE_SCALE:g}, float32; approximate",
+    )
 
 
 def build_pair(
@@ -100,9 +123,7 @@ def build_pair(
     )
 
 
-def get_our_run(
-    unet: UNet2DConditionModel, embeds: PromptEmbeds, *, side: int, speed: SpeedOptions = PLAIN_SPEED
-) -> Run:
+def get_our_run(unet: UNet2DConditionModel, embeds: PromptEmbeds, *, side: int, speed: SpeedOptions = EXACT) -> Run:
     """Gives our sampler."""
 
     def run(steps: int, on_step: Callable[[], None]) -> Outputs:
