@@ -39,7 +39,9 @@ class KolorsSampler:
                         "tooltip": "How closely the prompt is followed, 0 to 20. At 1 and below there is no "
                                    "guidance: twice as fast, the negative prompt is not used."}),
                 "scheduler": (list(SCHEDULERS), {"default": DEFAULTS.scheduler,
-                              "tooltip": "The method that removes the noise."}),
+                              "tooltip": "The method that removes the noise. For 4 to 8 steps take "
+                                         "DPMSolverMultistepScheduler or DEISMultistepScheduler; DPM-Solver with "
+                                         "karras needs more than 8."}),
             },
             "optional": {
                 "latent": ("LATENT", {"tooltip": "Start from this picture (VAE Encode). It sets the size."}),
