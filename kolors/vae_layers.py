@@ -98,8 +98,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalises (B, C, h, w)."""
-        is_alone = hidden_states.dim() == 4 and hidden_states.shape[0] == 1 and hidden_states.device.type == "cpu"
-        if not is_alone or hidden_states.is_contiguous() or torch.is_grad_enabled():
+        is_alone = hidden_states.dim() == 4 and hidden_states.shape[0] == 1
+        is_plain = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32
+        if not is_alone or not is_plain or hidden_states.is_contiguous() or torch.is_grad_enabled():
             return super().forward(hidden_states)
         mean, variance = (
             part.float().repeat_interleave(self.num_channels // self.num_groups)

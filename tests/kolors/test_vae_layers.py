@@ -49,6 +49,14 @@ def test_a_group_norm_is_exact_on_large_pictures(shape, layout):
     assert (result - expected).abs().max() <= 5e-7 * expected.abs().max()
 
 
+@torch.no_grad()
+def test_a_group_norm_in_half_precision_is_torch_s():
+    plain = torch.nn.GroupNorm(2, 8).bfloat16()
+    numbers = torch.randn(1, 8, 6, 5, generator=torch.Generator().manual_seed(1)).bfloat16()
+    numbers = numbers.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(GroupNorm(plain)(numbers), plain(numbers))
+
+
 @pytest.mark.parametrize("out_channels", [8, 12])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_residual_block_equals_the_plain_way_and_leaves_its_input(out_channels, layout):
