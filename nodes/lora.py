@@ -26,7 +26,16 @@ _IGNORE = {
 }
 
 
-class LoadKolorsLoRA:
+class _PutsLoraOnModel:
+    """What comes out of the nodes that put a LoRA on a Kolors model."""
+
+    RETURN_TYPES = ("KOLORSMODEL",)
+    RETURN_NAMES = ("kolors_model",)
+    OUTPUT_TOOLTIPS = ("The model with the LoRA, for Kolors Sampler or another LoRA.",)
+    CATEGORY = "Kolors/LoRA"
+
+
+class LoadKolorsLoRA(_PutsLoraOnModel):
     """Puts a LoRA file, named by its path, on a Kolors model."""
 
     @classmethod
@@ -43,11 +52,7 @@ class LoadKolorsLoRA:
             "optional": {"ignore_unknown": ("BOOLEAN", _IGNORE)},
         }  # fmt: skip
 
-    RETURN_TYPES = ("KOLORSMODEL",)
-    RETURN_NAMES = ("kolors_model",)
-    OUTPUT_TOOLTIPS = ("The model with the LoRA, for Kolors Sampler or another LoRA.",)
     FUNCTION = "load_lora"
-    CATEGORY = "Kolors/LoRA"
     DESCRIPTION = "Puts a LoRA on the model, scaled by lora_alpha / rank. Reads every format."
     SEARCH_ALIASES = ["lora path", "lora alpha", "diffsynth lora", "可图"]
 
@@ -64,16 +69,13 @@ class LoadKolorsLoRA:
     def load_lora(
         self, kolors_model: KolorsModel, lora_path: str, lora_alpha: float, ignore_unknown: bool = False
     ) -> tuple[KolorsModel]:
-        from ..lora.files import load_lora
-
         if lora_alpha == 0:
             return (kolors_model,)
-        path = resolve_path(get_host(), lora_path)
-        lora = load_lora(path, get_unet_names(kolors_model.unet), ignore_unknown=ignore_unknown)
+        lora = read_lora(resolve_path(get_host(), lora_path), kolors_model, ignore_unknown)
         return (kolors_model.with_lora(lora.with_alpha(lora_alpha), 1.0),)
 
 
-class KolorsLoraLoader:
+class KolorsLoraLoader(_PutsLoraOnModel):
     """Puts a LoRA file from the LoRA folder on a Kolors model."""
 
     @classmethod
@@ -89,11 +91,7 @@ class KolorsLoraLoader:
             "optional": {"ignore_unknown": ("BOOLEAN", _IGNORE)},
         }  # fmt: skip
 
-    RETURN_TYPES = ("KOLORSMODEL",)
-    RETURN_NAMES = ("kolors_model",)
-    OUTPUT_TOOLTIPS = ("The model with the LoRA, for Kolors Sampler or another LoRA.",)
     FUNCTION = "load_lora"
-    CATEGORY = "Kolors/LoRA"
     DESCRIPTION = "Puts a LoRA on the model. Reads every format. Chain several for several LoRAs."
     SEARCH_ALIASES = ["lora loader", "load lora", "model lora", "可图"]
 
@@ -106,16 +104,13 @@ class KolorsLoraLoader:
     def load_lora(
         self, kolors_model: KolorsModel, lora_name: str, strength_model: float, ignore_unknown: bool = False
     ) -> tuple[KolorsModel]:
-        from ..lora.files import load_lora
-
         if strength_model == 0:
             return (kolors_model,)
-        path = resolve_name(get_host(), lora_name)
-        lora = load_lora(path, get_unet_names(kolors_model.unet), ignore_unknown=ignore_unknown)
+        lora = read_lora(resolve_name(get_host(), lora_name), kolors_model, ignore_unknown)
         return (kolors_model.with_lora(lora, strength_model),)
 
 
-class KolorsApplyLora:
+class KolorsApplyLora(_PutsLoraOnModel):
     """Puts a LoRA that another node made on a Kolors model."""
 
     @classmethod
@@ -128,11 +123,7 @@ class KolorsApplyLora:
             }
         }
 
-    RETURN_TYPES = ("KOLORSMODEL",)
-    RETURN_NAMES = ("kolors_model",)
-    OUTPUT_TOOLTIPS = ("The model with the LoRA, for Kolors Sampler or another LoRA.",)
     FUNCTION = "apply_lora"
-    CATEGORY = "Kolors/LoRA"
     DESCRIPTION = "Puts a LoRA from another node on the model, without a file."
     SEARCH_ALIASES = ["apply trained lora", "lora model", "可图"]
 
@@ -217,6 +208,13 @@ def check_path(lora_path: str | None) -> bool | str:
     except (FileNotFoundError, ValueError) as error:
         return str(error)
     return True
+
+
+def read_lora(path: Path, kolors_model: KolorsModel, ignore_unknown: bool) -> Lora:
+    """Reads a file of any format for a model."""
+    from ..lora.files import load_lora
+
+    return load_lora(path, get_unet_names(kolors_model.unet), ignore_unknown=ignore_unknown)
 
 
 def get_stamp(path: Path) -> str:
