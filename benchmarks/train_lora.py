@@ -1,6 +1,6 @@
 """Measures LoRA training: speed and memory against a plain loop, kills in every phase, two processes.
 
-    python benchmarks/train_lora.py speed       # a mid-size random model, 2 minutes; --model mid: a wider one
+    python benchmarks/train_lora.py speed       # a quarter of the widths, random, 2 minutes; --model mid: half
     python benchmarks/train_lora.py kills       # kills of runs on the bundled model, then compares the files
     python benchmarks/train_lora.py processes   # two processes under accelerate launch against one
 

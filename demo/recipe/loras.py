@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from ...kolors.text_encoder import TokenBatch
-from ...lora.adapters import LowRank
 from ...lora.files import save_lora
 from ...lora.formats import Lora
 from ...lora.latents import Sample, TrainingData
@@ -111,7 +110,7 @@ def train_lora(model: DemoModel, concept: Concept) -> Lora:
         place = get_place(Path(folder), "lora")
         data = prepare_data(model, concept)
         lora = train(model.unet, data, OPTIONS, place=place, device="cpu", watcher=watcher).lora
-    adapters: dict[str, LowRank] = {
+    adapters = {
         name: replace(adapter, down=adapter.down.half(), up=adapter.up.half())
         for name, adapter in lora.adapters.items()
     }
